@@ -17,7 +17,7 @@ def markdown(nb, folder="nbs/"):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": parts.append(moved(source, folder))
         if cell["cell_type"] != "code": continue
-        head, code = re.match(r"((?:#\|.*\n?)*)(.*)", source, re.S).groups()
+        head, code = re.match(r"((?:#\|[^\n]*\n?)*)(.*)", source, re.S).groups()
         flags = {line.removeprefix("#|").strip() for line in head.splitlines()}
         if "hide" in flags: continue
         if code.strip() and "echo: false" not in flags: parts.append(f"```python\n{code.strip()}\n```")
