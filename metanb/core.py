@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'Point', 'select',
-           'SGD', 'inner_loop', 'Objective', 'surrogate', 'exact', 'first_order', 'mean', 'Learner', 'check_model',
+           'SGD', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean', 'Learner', 'check_model',
            'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads', 'scale', 'provenance']
 
-# %% ../nbs/00_core.ipynb #8189c733
+# %% ../nbs/00_core.ipynb #a51a57c3
 import copy, os, platform, warnings
+from functools import partial
 from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/00_core.ipynb #64014509
 class Task(NamedTuple):
@@ -137,13 +139,18 @@ def inner_loop(
         params = {**params, **moved}
         yield params
 
-# %% ../nbs/00_core.ipynb #4d0de52b
-class Objective(NamedTuple):
-    "What a task's score is made of: the inner steps whose query loss is read, and their value."
-    at: Callable[[int], list[int]]  # number of steps S -> the steps read, ascending, out of 0…S
-    value: Callable[[Tensor], Tensor]  # the losses at those steps, [len(at)] -> scalar
+# %% ../nbs/00_core.ipynb #479c7e7d
+class Last:
+    "The query loss after the last step, and nothing else."
+    def at(self, steps: int) -> list[int]:
+        "The inner steps whose query loss is read, ascending, out of 0…steps."
+        return [steps]
 
-last = Objective(at=lambda steps: [steps], value=lambda losses: losses[-1])
+    def value(self, losses: Tensor) -> Tensor:
+        "The losses at those steps, [len(at)] → scalar."
+        return losses[-1]
+
+last = Last()
 
 # %% ../nbs/00_core.ipynb #22f54aae
 def surrogate(
@@ -168,7 +175,7 @@ def mean(grads: Params) -> Params:
     "The average over tasks, {name: [T, *shape]} → {name: [*shape]}."
     return {n: g.mean(0) for n, g in grads.items()}
 
-# %% ../nbs/00_core.ipynb #a7494e17
+# %% ../nbs/00_core.ipynb #075312b8
 ELEMENTWISE = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss  # losses that would broadcast [N, 1] against [N] to [N, N]
 
 class Learner(nn.Module):
@@ -189,6 +196,9 @@ class Learner(nn.Module):
             raise ValueError(f"the model's outputs have shape {tuple(outputs.shape)}, the targets {tuple(y.shape)}: reshape one of them")
         return self.loss(outputs, y)
 
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_compiled"}  # a copy compiles for itself
+
 # %% ../nbs/00_core.ipynb #35b5647a
 def check_model(model: nn.Module, steps: int) -> None:
     "Refuses what can't be meta-learned, by name."
@@ -198,7 +208,7 @@ def check_model(model: nn.Module, steps: int) -> None:
     if next(model.parameters(), None) is None: raise ValueError("model: it has no parameters, so there is nothing to learn")
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
-# %% ../nbs/00_core.ipynb #c0dd7fd9
+# %% ../nbs/00_core.ipynb #beac7bb4
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
     def __init__(
@@ -207,7 +217,7 @@ class MetaLearner(Learner):
         init=Point,  # the init axis: an `nn.Module`, or a function (model, norm) -> `nn.Module`
         adapt=None,  # the adapt axis, see `select`
         rule=None,  # the rule axis: an `nn.Module`, or a function {name: first weight} -> `nn.Module`; None for `SGD()`
-        objective: Objective = last,  # the objective axis
+        objective: Last = last,  # the objective axis
         gradient: Callable = exact,  # the gradient axis
         steps: int = 1,  # inner steps S in training, and by default in testing
         loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,  # (outputs, targets) -> scalar
@@ -224,9 +234,14 @@ class MetaLearner(Learner):
     def forward(self, task: Task) -> Tensor:
         return self.gradient(self, task)
 
+    def run(self, params: Params, x: Tensor) -> Tensor:
+        "The model's outputs with weights `params`."
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            return functional_call(self.model, params, (x,))
+
     def task_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         "The loss of the model with weights `params` on one set."
-        return self.score(functional_call(self.model, params, (x,)), y)
+        return self.score(self.run(params, x), y)
 
     def path(self, x: Tensor, y: Tensor, steps: int | None = None, first_order: bool = False) -> Iterator[Params]:
         "The weights θ₀, …, θ_S along the inner loop on a support set."
@@ -245,7 +260,7 @@ class MetaLearner(Learner):
         return params
 
     def predict(self, x: Tensor, y: Tensor, xq: Tensor, steps: int | None = None) -> Tensor:
-        return torch.stack([functional_call(self.model, params, (xq,)) for params in self.path(x, y, steps)])
+        return torch.stack([self.run(params, xq) for params in self.path(x, y, steps)])
 
     def train(self, mode: bool = True) -> "MetaLearner":
         super().train(mode)
@@ -260,12 +275,12 @@ def task_grads(learner: Learner, meta_params: Params, tasks: Task, chunk: int | 
     each = [one(meta_params, Task(*task)) for task in zip(*tasks)]
     return {n: torch.stack([grads[n] for grads, _ in each]) for n in meta_params}, torch.stack([loss for _, loss in each])
 
-# %% ../nbs/00_core.ipynb #7d0e3886
+# %% ../nbs/00_core.ipynb #adc30ed3
 def compiled(learner: Learner, chunk: int | None) -> Callable:
     "`task_grads` for this learner through `torch.compile`, made once; on any failure to compile, the plain function and one warning."
     cache = learner.__dict__.setdefault("_compiled", {})
     if chunk not in cache:
-        plain = lambda meta_params, tasks: task_grads(learner, meta_params, tasks, chunk)
+        plain = partial(task_grads, learner, chunk=chunk)
         fast = torch.compile(plain)
 
         def first(meta_params, tasks):
@@ -292,7 +307,7 @@ def check_tasks(tasks: Task, chunk: int | None) -> None:
             raise ValueError(f"tasks: {inputs} has {sizes[inputs][1]} examples a task and {targets} {sizes[targets][1]}; they go in pairs")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk={chunk!r}: tasks at a time, 1 or more, or None for all")
 
-# %% ../nbs/00_core.ipynb #fbb945a8
+# %% ../nbs/00_core.ipynb #e28c179b
 def meta_grads(
     learner: Learner,  # its trainable parameters are the meta-parameters
     tasks: Task,  # a batch: every tensor has a leading dimension T
@@ -303,7 +318,10 @@ def meta_grads(
     check_tasks(tasks, chunk)
     meta_params = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
     if not meta_params: raise ValueError("learner: it has no trainable parameters, so there is no meta-gradient")
-    return compiled(learner, chunk)(meta_params, tasks) if compile else task_grads(learner, meta_params, tasks, chunk)
+    try: return (compiled(learner, chunk) if compile else partial(task_grads, learner, chunk=chunk))(meta_params, tasks)
+    except RuntimeError as e:
+        if chunk != 1: e.add_note("If this comes from an operation of the model that vmap lacks, chunk=1 runs the tasks one after another.")
+        raise
 
 # %% ../nbs/00_core.ipynb #29a9bd5c
 def scale(smoke, quick, full):
