@@ -29,7 +29,7 @@ def scramble(z: Tensor) -> Tensor:
     for shift, factor in ROUNDS: z = (z >> shift).bitwise_and_(2 ** (64 - shift) - 1).bitwise_xor_(z).mul_(factor)
     return z
 
-# %% ../nbs/01_tasks.ipynb #8ba1cbce
+# %% ../nbs/01_tasks.ipynb #b4019946
 def task_keys(
     T: int,  # how many tasks
     seed: int = 0,  # the run; any whole number
@@ -39,7 +39,7 @@ def task_keys(
 ) -> Tensor:  # [T] int64
     "Keys of the tasks start, …, start + T − 1; each depends on (seed, step, its number) alone."
     place = int.from_bytes(blake2b(b"%d %d" % (seed, step), digest_size=8).digest(), "little", signed=True)
-    return torch.arange(start, start + T, device=device).mul_(signed(GOLDEN << 32)).add_(place)
+    return torch.arange(start, start + T, device=device).mul_(2**32).bitwise_xor_(place)
 
 def hashed_bits(
     keys: Tensor,  # [...] int64, see `task_keys`
@@ -47,7 +47,7 @@ def hashed_bits(
     skip: int = 0,  # leave out this many first
 ) -> Tensor:  # [..., n] int64, all 64 bits random
     "Numbers skip, …, skip + n − 1 of every key's stream; they are distinct."
-    return scramble(keys[..., None] + GOLDEN * torch.arange(skip + 1, skip + n + 1, device=keys.device))
+    return scramble((keys[..., None] + torch.arange(skip + 1, skip + n + 1, device=keys.device)).mul_(GOLDEN))
 
 # %% ../nbs/01_tasks.ipynb #41662748
 def uniform(
@@ -238,7 +238,7 @@ def numbers(
     if len(got.unique()) < len(got): raise ValueError(f"{name}: a number is given twice; give each once")
     return got.long()
 
-# %% ../nbs/01_tasks.ipynb #41969a30
+# %% ../nbs/01_tasks.ipynb #01fc20f1
 def family_list(
     families,  # True for every family with enough classes; or a family's name or number, or several
     family: Tensor | None,  # [S] the family of each class to choose from
@@ -246,16 +246,16 @@ def family_list(
     ways: int = 1,  # classes that a task needs
 ) -> Tensor:  # [F] int64
     "The families that tasks are made from, each with at least `ways` classes."
-    if family is None: raise ValueError("families: these images have none; give images with a field `families` [class], or leave families=None")
+    if family is None: raise ValueError("families: these images have none; give images with a field `families`, or families=None")
     ids, sizes = family.unique(return_counts=True)
     if families is True and sizes.max() >= ways: return ids[sizes >= ways]
     if families is True: raise ValueError(f"ways={ways}: the largest family has {sizes.max()} classes; use fewer ways or families=None")
     names, size = list(names or ()), dict(zip(ids.tolist(), sizes.tolist()))
     wanted = [families] if isinstance(families, (str, int)) else list(families)
     chosen = [names.index(f) if f in names else int(f) if not isinstance(f, str) else f for f in wanted]
-    for f, number in zip(wanted, chosen):
-        if size.get(number, 0) < ways: raise ValueError(f"families: {f!r} has {size.get(number, 0)} classes, fewer than ways={ways}; there are "
-                                                       + ", ".join(f"{names[i] if names else i} ({k})" for i, k in size.items()))
+    for f, have in zip(wanted, (size.get(number, 0) for number in chosen)):
+        there = ", ".join(f"{names[i] if names else i} ({k})" for i, k in size.items())
+        if have < ways: raise ValueError(f"families: {f!r} has {have} classes, fewer than ways={ways}; there are {there}")
     return torch.tensor(chosen, device=ids.device)
 
 # %% ../nbs/01_tasks.ipynb #678f38b8
@@ -289,11 +289,11 @@ def few_shot_task(
     label = lambda k: torch.arange(ways, device=images.device).repeat_interleave(k).expand(*batch, ways * k)
     return Task(images[..., :shots, :, :, :].flatten(-5, -4), label(shots), images[..., shots:, :, :, :].flatten(-5, -4), label(n - shots))
 
-# %% ../nbs/01_tasks.ipynb #68cdb7aa
+# %% ../nbs/01_tasks.ipynb #4a84f941
 @dataclass(frozen=True, eq=False, repr=False)
 class FewShot(Sampler):
     "N-way K-shot tasks: x [T, ways · shots, C, H, W] with labels y in 0..ways − 1, and xq, yq with queries in place of shots."
-    images: Tensor  # [class, image, C, H, W], uint8 or float; or an object with such `images` and, if any, `families`, `family_names` and `counts`
+    images: Tensor  # [class, image, C, H, W], uint8 or float; or an object with `images` and perhaps `families`, `family_names`, `counts`
     ways: int = 5  # N, classes a task
     shots: int = 1  # K, support images a class
     queries: int = 15  # Q, query images a class
@@ -310,9 +310,10 @@ class FewShot(Sampler):
         classes = numbers(self.classes, len(images), "classes", images.device)
         pool = classes.repeat(4 if self.rotations else 1)
         check_request(self, images, classes, counts, len(pool))
-        families = None if self.families in (None, False) else family_list(
+        families = None if self.families is None or self.families is False else family_list(
             self.families, None if family is None else family[pool], getattr(data, "family_names", None), self.ways)
-        self.__dict__.update(images=images, counts=counts, family=family, classes=classes, pool=pool, families=families, device=images.device)
+        self.__dict__.update(images=images, counts=counts, family=family, families=families, classes=classes, pool=pool)
+        self.__dict__.update(device=images.device)
 
     def indices(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Class numbers [..., ways], quarter turns [..., ways] and image numbers [..., ways, shots + queries] of every task."
@@ -387,7 +388,7 @@ def held_out(
     if not 0 < held < 1: raise ValueError(f"held={held}: give a share between 0 and 1, or row numbers")
     return choose(task_keys(1, device=device)[0], n, max(1, round(held * n)))
 
-# %% ../nbs/01_tasks.ipynb #799a649a
+# %% ../nbs/01_tasks.ipynb #d2a677d5
 @dataclass(frozen=True, eq=False, repr=False)
 class Stream(Sampler):
     "Minibatches for a long inner loop: x [T, steps, batch, ...] with targets y; xq, yq [T, queries, ...] from rows no task trains on."
@@ -405,8 +406,8 @@ class Stream(Sampler):
         if self.y is not None and len(self.y) != n: raise ValueError(f"y: {len(self.y)} targets for {n} inputs; give one each")
         held = held_out(self.held, n, device)
         train = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, held, False).nonzero()[:, 0]
-        if self.batch > len(train): raise ValueError(f"batch={self.batch}: there are {len(train)} rows to train on; use a smaller batch or hold fewer")
-        if self.queries > len(held): raise ValueError(f"queries={self.queries}: {len(held)} rows are held out; use fewer queries or hold more")
+        if self.batch > len(train): raise ValueError(f"batch={self.batch}: there are {len(train)} rows to train on; use smaller batches")
+        if self.queries > len(held): raise ValueError(f"queries={self.queries}: {len(held)} rows are held out; hold more of them")
         self.__dict__.update(train_rows=train, held_rows=held, device=device)
 
     def indices(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,4 +425,5 @@ class Stream(Sampler):
         return Task(x, x, xq, xq) if self.y is None else Task(x, self.y[rows], xq, self.y[query])
 
     def __repr__(self) -> str:
-        return f"Stream({self.steps} batches of {self.batch} from {len(self.train_rows)} rows, queries from {len(self.held_rows)} others; {self.device})"
+        train, held = len(self.train_rows), len(self.held_rows)
+        return f"Stream({self.steps} batches of {self.batch} from {train} rows, queries from {held} others; {self.device})"
