@@ -289,7 +289,7 @@ def few_shot_task(
     label = lambda k: torch.arange(ways, device=images.device).repeat_interleave(k).expand(*batch, ways * k)
     return Task(images[..., :shots, :, :, :].flatten(-5, -4), label(shots), images[..., shots:, :, :, :].flatten(-5, -4), label(n - shots))
 
-# %% ../nbs/01_tasks.ipynb #4a84f941
+# %% ../nbs/01_tasks.ipynb #e8014654
 @dataclass(frozen=True, eq=False, repr=False)
 class FewShot(Sampler):
     "N-way K-shot tasks: x [T, ways · shots, C, H, W] with labels y in 0..ways − 1, and xq, yq with queries in place of shots."
@@ -302,9 +302,11 @@ class FewShot(Sampler):
     families: object = None  # None to mix them; True, a name or number, or several: each task stays within one family
     counts: Tensor | None = None  # [class] images that a class really has, where classes are padded to one size
     family: Tensor | None = None  # [class] number of each class's family
+    labels: str = "local"  # "local": 0..ways − 1; "global": the class's own number c + C · turns, to train one classifier of all classes
 
     def __post_init__(self):
         check_sizes(ways=self.ways, shots=self.shots, queries=self.queries)
+        if self.labels not in ("local", "global"): raise ValueError(f"labels={self.labels!r}: use 'local' (0..ways − 1) or 'global' (the class's own number)")
         data, images = self.images, image_tensor(self.images)
         counts, family = per_class("counts", data, self.counts), per_class("families", data, self.family)
         classes = numbers(self.classes, len(images), "classes", images.device)
@@ -332,6 +334,9 @@ class FewShot(Sampler):
         classes, turns, images = self.indices(keys)
         x = self.images[classes[..., None], images]
         task = few_shot_task(rotate(x, turns[..., None]) if self.rotations else x, self.shots)
+        if self.labels == "global":
+            number = classes + len(self.images) * turns
+            task = task._replace(y=number.repeat_interleave(self.shots, -1), yq=number.repeat_interleave(self.queries, -1))
         return task._replace(x=as_float(task.x), xq=as_float(task.xq))  # last, since floats are four times the bytes
 
     def __repr__(self) -> str:
