@@ -119,9 +119,9 @@ class SGD(nn.Module):
 
     def extra_repr(self) -> str: return f"lr={self.lr}"
 
-# %% ../nbs/00_core.ipynb #63603703
+# %% ../nbs/00_core.ipynb #8827d4f8
 def inner_loop(
-    loss: Callable[[Params], Tensor],  # the support loss as a function of all weights
+    loss: Callable[[Params, int], Tensor],  # the support loss as a function of all weights and of the step 0…S−1
     params: Params,  # θ₀
     rule: nn.Module,  # see `SGD`
     steps: int,  # S
@@ -134,7 +134,7 @@ def inner_loop(
     state = rule.init({n: params[n] for n in names})
     for step in range(steps):
         at = detach(params) if first_order else params
-        grads = grad(lambda moving: loss({**at, **moving}))({n: at[n] for n in names})
+        grads = grad(lambda moving: loss({**at, **moving}, step))({n: at[n] for n in names})
         moved, state = rule({n: params[n] for n in names}, grads, state, step)
         params = {**params, **moved}
         yield params
@@ -208,7 +208,7 @@ def check_model(model: nn.Module, steps: int) -> None:
     if next(model.parameters(), None) is None: raise ValueError("model: it has no parameters, so there is nothing to learn")
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
-# %% ../nbs/00_core.ipynb #beac7bb4
+# %% ../nbs/00_core.ipynb #8a66a559
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
     def __init__(
@@ -221,15 +221,17 @@ class MetaLearner(Learner):
         gradient: Callable = exact,  # the gradient axis
         steps: int = 1,  # inner steps S in training, and by default in testing
         loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,  # (outputs, targets) -> scalar
+        batch: int | None = None,  # support examples an inner step sees, taken in turn; None for all of them
         norm: str = "batch",  # the statistics that normalising layers use, see `set_norm`
     ):
         super().__init__()
         check_model(model, steps)
+        if batch is not None and batch < 1: raise ValueError(f"batch={batch}: support examples an inner step, 1 or more, or None for all")
         self.model, self.names, self.norm = skeleton(model, norm), select(model, adapt), norm
         self.init = init if isinstance(init, nn.Module) else init(model, norm)
         rule = SGD() if rule is None else rule
         self.rule = rule if isinstance(rule, nn.Module) else rule({n: p.detach() for n, p in model.named_parameters() if n in self.names})
-        self.objective, self.gradient, self.steps, self.loss = objective, gradient, steps, loss
+        self.objective, self.gradient, self.steps, self.loss, self.batch = objective, gradient, steps, loss, batch
 
     def forward(self, task: Task) -> Tensor:
         return self.gradient(self, task)
@@ -245,8 +247,13 @@ class MetaLearner(Learner):
 
     def path(self, x: Tensor, y: Tensor, steps: int | None = None, first_order: bool = False) -> Iterator[Params]:
         "The weights θ₀, …, θ_S along the inner loop on a support set."
-        support_loss = lambda params: self.task_loss(params, x, y)
-        return inner_loop(support_loss, self.init(x, y), self.rule, self.steps if steps is None else steps, self.names, first_order)
+        loss = lambda params, step: self.task_loss(params, *self.minibatch(x, y, step))
+        return inner_loop(loss, self.init(x, y), self.rule, self.steps if steps is None else steps, self.names, first_order)
+
+    def minibatch(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        "The support examples of one inner step: every n-th, beginning one later each step, so that n steps see all of them once."
+        n = 1 if self.batch is None else -(-len(x) // self.batch)
+        return x[step % n :: n], y[step % n :: n]
 
     def meta_loss(self, task: Task, first_order: bool = False) -> Tensor:
         "The objective's value on the query losses along the path."

@@ -200,6 +200,7 @@ BAD = [
     (lambda: MetaLearner(nn.Linear(2, 2), steps=1.5), ValueError, "steps=1.5"),
     (lambda: MetaLearner(nn.Linear(2, 2), adapt="nothing"), ValueError, "adapt='nothing'"),
     (lambda: MetaLearner(nn.Linear(2, 2), norm="group"), ValueError, "norm='group'"),
+    (lambda: MetaLearner(nn.Linear(2, 2), batch=0), ValueError, "batch=0"),
     (lambda: SGD(lr=-0.1), ValueError, "lr=-0.1"),
     (lambda: SGD(lr=float("nan")), ValueError, "lr=nan"),
     (lambda: meta_grads(MetaLearner(nn.Linear(4, 2)), regression(dtype=torch.float32)[:3]), TypeError, "Task of four tensors"),
