@@ -1,6 +1,6 @@
 """`pytest` runs tests/ and every notebook of nbs/, each notebook as one test in a process of its own, at smoke scale.
 
-pytest -n 2            in parallel                    pytest -k 10_maml          one notebook and its tests
+pytest -n 2            in parallel                    pytest -k 10_maml          one notebook
 METANB_SCALE=quick     notebooks at another scale     --nb-flags "slow cuda"     also the cells that carry these flags
 """
 import os
@@ -48,6 +48,10 @@ class NotebookFailed(Exception): "Holds what the notebook's process printed."
 
 class Notebook(pytest.Item):
     "One notebook, run by nbdev's tester, so that `eval: false`, `skip_exec` and `tst_flags` mean what they mean to nbdev_test."
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_marker(pytest.mark.timeout(0))  # --nb-timeout says how long, not pytest-timeout
+
     def runtest(self):
         seconds = self.config.getoption("--nb-timeout")
         command = [sys.executable, str(TESTER), str(self.path), str(seconds), *self.config.getoption("--nb-flags").split()]
