@@ -289,7 +289,7 @@ def few_shot_task(
     label = lambda k: torch.arange(ways, device=images.device).repeat_interleave(k).expand(*batch, ways * k)
     return Task(images[..., :shots, :, :, :].flatten(-5, -4), label(shots), images[..., shots:, :, :, :].flatten(-5, -4), label(n - shots))
 
-# %% ../nbs/01_tasks.ipynb #e8014654
+# %% ../nbs/01_tasks.ipynb #1a6486ba
 @dataclass(frozen=True, eq=False, repr=False)
 class FewShot(Sampler):
     "N-way K-shot tasks: x [T, ways · shots, C, H, W] with labels y in 0..ways − 1, and xq, yq with queries in place of shots."
@@ -306,7 +306,7 @@ class FewShot(Sampler):
 
     def __post_init__(self):
         check_sizes(ways=self.ways, shots=self.shots, queries=self.queries)
-        if self.labels not in ("local", "global"): raise ValueError(f"labels={self.labels!r}: use 'local' (0..ways − 1) or 'global' (the class's own number)")
+        if self.labels not in ("local", "global"): raise ValueError(f"labels={self.labels!r}: use 'local' or 'global'")
         data, images = self.images, image_tensor(self.images)
         counts, family = per_class("counts", data, self.counts), per_class("families", data, self.family)
         classes = numbers(self.classes, len(images), "classes", images.device)
