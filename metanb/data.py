@@ -11,7 +11,7 @@ __all__ = ['FONTS', 'SCRIPTS', 'SCRIPT_NAMES', 'MARK', 'SUFFIXES', 'SOURCES', 'C
            'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'tinyimagenet_folders', 'ArraysOnly',
            'read_pickle', 'by_label', 'cifar_pickles', 'read_idx', 'mnist_files', 'celeba_files', 'celeba_attributes',
            'split_list', 'Source', 'register', 'by_torchvision', 'by_hub', 'save_rows', 'source_of', 'split_of',
-           'locate', 'select', 'again', 'examine', 'build_source', 'glyph_print', 'recipe', 'load', 'as_folder',
+           'locate', 'pick_split', 'again', 'examine', 'build_source', 'glyph_print', 'recipe', 'load', 'as_folder',
            'absent', 'share', 'folder_groups', 'folder', 'describe', 'faults', 'fetch', 'check']
 
 # %% ../nbs/02_data.ipynb #d6dab92a
@@ -72,15 +72,15 @@ def subset(
     return ImageClasses(classes.images[index], [classes.names[i] for i in index.tolist()], pick(classes.families), classes.family_names,
                         pick(classes.counts), classes.attributes, classes.attribute_names)
 
-# %% ../nbs/02_data.ipynb #6ae42f1d
+# %% ../nbs/02_data.ipynb #ea308e55
 def labelled(
     classes: ImageClasses,       # C classes of up to M images
 ) -> tuple[Tensor, Tensor]:      # images [N, C, H, W] uint8, labels [N] int64
     "All real images of all classes in one row, with the class number of each."
-    C, M = classes.images.shape[:2]
+    (C, M), device = classes.images.shape[:2], classes.images.device
     counts = torch.full((C,), M) if classes.counts is None else classes.counts
-    real = torch.arange(M) < counts[:, None]
-    return classes.images[real], torch.arange(C)[:, None].expand(C, M)[real]
+    real = torch.arange(M, device=device) < counts.to(device)[:, None]
+    return classes.images[real], torch.arange(C, device=device)[:, None].expand(C, M)[real]
 
 # %% ../nbs/02_data.ipynb #5d5c8966
 def sheet(
@@ -178,20 +178,20 @@ def distinct(
         if not kept or (looks[kept] @ v).max() <= limit: kept.append(i)
     return kept
 
-# %% ../nbs/02_data.ipynb #db3b6edf
+# %% ../nbs/02_data.ipynb #3a6fd7da
 @lru_cache(maxsize=1)
 def alphabet() -> list[tuple[str, str, list[Image.Image]]]:
     "All glyph classes as (script, letter, drawings in the fonts that agree on its shape), scripts in order of `SCRIPTS`."
-    found = [(script, chr(code), fonts) for script, codes in letters().items() for code, fonts in codes.items()]
-    inky = lambda letter: (d := draw(letter)) is not None and np.asarray(d).mean() < 128      # a dot blown up is a block: no letter
-    found = [(script, letter, fonts) for script, letter, fonts in found if len(fonts) > 1 and inky(letter)]
-    looks = np.stack([look(draw(letter)) for _, letter, _ in found])
+    found = [(script, chr(code), fonts, draw(chr(code))) for script, codes in letters().items() for code, fonts in codes.items()]
+    inky = lambda drawing: drawing is not None and np.asarray(drawing).mean() < 128      # a dot blown up is a block: no letter
+    found = [row for row in found if len(row[2]) > 1 and inky(row[3])]
+    looks = np.stack([look(first) for *_, first in found])
     kept = distinct(looks)
-    out = []
+    theirs, out = looks[kept], []
     for place, i in enumerate(kept):
-        script, letter, fonts = found[i]
-        drawings = [d for d in (draw(letter, font) for font in fonts) if d and (looks[kept] @ look(d)).argmax() == place]
-        out.append((script, letter, drawings))
+        script, letter, fonts, first = found[i]
+        drawings = [first] + [draw(letter, font) for font in fonts if font != FONTS[0]]
+        out.append((script, letter, [d for d in drawings if d and (theirs @ look(d)).argmax() == place]))
     return out
 
 # %% ../nbs/02_data.ipynb #9b8cb7fb
@@ -244,7 +244,7 @@ def glyphs(
                         torch.tensor([wanted.index(script) for script, *_ in chosen]),
                         [SCRIPT_NAMES.get(s, s.title()) for s in wanted])
 
-# %% ../nbs/02_data.ipynb #d64de8fb
+# %% ../nbs/02_data.ipynb #1bf4886e
 MARK = b"metanb images 1 "
 
 def write_cache(
@@ -255,8 +255,9 @@ def write_cache(
     "One file with its digest first; whoever looks sees the old file or the new one, whole."
     c = classes
     listed = lambda x: None if x is None else x.tolist()
-    head = dict(shape=list(c.images.shape), names=c.names, families=listed(c.families), family_names=c.family_names, counts=listed(c.counts),
-                attributes=None if c.attributes is None else list(c.attributes.shape), attribute_names=c.attribute_names, **about)
+    head = dict(shape=list(c.images.shape), names=c.names, families=listed(c.families), family_names=c.family_names,
+                counts=listed(c.counts), attributes=None if c.attributes is None else list(c.attributes.shape),
+                attribute_names=c.attribute_names, **about)
     parts = [json.dumps(head).encode() + b"\n", c.images.contiguous().numpy()]
     if c.attributes is not None: parts.append(c.attributes.to(torch.int32).contiguous().numpy())
     digest = hashlib.sha256()
@@ -402,7 +403,7 @@ def to_size(
         image = image.crop((left, top, left + side, top + side))
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/02_data.ipynb #1b5c4b43
+# %% ../nbs/02_data.ipynb #9ab4e8ab
 def read_image(
     item: Path | np.ndarray,     # a file, or pixels [H, W] or [H, W, 3] uint8
     size: int | None = None,     # as in `to_size`
@@ -417,7 +418,8 @@ def read_image(
             image.load()
             image = as_plain(image, colour)
     except Exception as error:   # Pillow raises many kinds for damaged files
-        raise DataError(f"{item} is damaged or no image ({type(error).__name__}: {error}): delete it or put a sound copy in its place") from None
+        raise DataError(f"{item} is damaged or no image ({type(error).__name__}: {error}): "
+                        "delete it or put a sound copy in its place") from None
     if invert: image = ImageOps.invert(image)
     pixels = np.asarray(to_size(image, size, fit))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -460,7 +462,7 @@ def family_index(
     kinds = sorted(set(of))
     return torch.tensor([kinds.index(f) for f in of]), kinds
 
-# %% ../nbs/02_data.ipynb #3d587e79
+# %% ../nbs/02_data.ipynb #3a826767
 def gather(
     groups: dict[str, list],         # class name → files or pixel arrays
     read: Callable,                  # item → [C, H, W] uint8
@@ -470,14 +472,15 @@ def gather(
 ) -> ImageClasses:
     "All images in one tensor, read by several threads; grey ones are widened if any has colour."
     names, counts = list(groups), torch.tensor([len(items) for items in groups.values()])
-    out = None
+    out, bar = None, tqdm(groups.values(), desc=label, unit="class", disable=None if progress is None else not progress, leave=False)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for c, items in enumerate(tqdm(groups.values(), desc=label, unit="class", disable=None if progress is None else not progress, leave=False)):
+        for c, items in enumerate(bar):
             for i, (item, pixels) in enumerate(zip(items, pool.map(read, items))):
                 if out is None: out = torch.zeros(len(names), int(counts.max()), *pixels.shape, dtype=torch.uint8)
                 if pixels.shape[0] > out.shape[2]: out = out.repeat(1, 1, pixels.shape[0], 1, 1)
                 if pixels.shape[1:] != out.shape[3:]:
-                    raise DataError(f"{item} is {pixels.shape[2]}x{pixels.shape[1]} where others are {out.shape[4]}x{out.shape[3]}: give a size")
+                    sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (pixels, out)]
+                    raise DataError(f"{item} is {sizes[0]} where others are {sizes[1]}: give a size")
                 out[c, i] = torch.from_numpy(pixels.copy())
     same = bool((counts == counts[0]).all())
     return ImageClasses(out, names, *family_index(names, family_of), None if same else counts)
@@ -524,7 +527,7 @@ def tinyimagenet_folders(
         classes.setdefault(name, []).append(home / "val" / "images" / file)
     return dict(train=class_folders(home / "train"), validation=dict(sorted(classes.items())))
 
-# %% ../nbs/02_data.ipynb #5d8f732e
+# %% ../nbs/02_data.ipynb #947b552e
 class ArraysOnly(pickle.Unpickler):
     "An unpickler of NumPy arrays and plain containers that refuses to make anything else."
     allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode,
@@ -541,7 +544,8 @@ def read_pickle(
     try:
         with open(path, "rb") as f: return ArraysOnly(f, encoding="latin1").load()
     except Exception as error:      # a damaged pickle can raise nearly anything
-        raise DataError(f"{path} is damaged or missing ({type(error).__name__}: {error}): delete {path.parent} and fetch it again") from None
+        raise DataError(f"{path} is damaged or missing ({type(error).__name__}: {error}): "
+                        f"delete {path.parent} and fetch it again") from None
 
 # %% ../nbs/02_data.ipynb #9efab293
 def by_label(
@@ -666,7 +670,7 @@ def by_torchvision(
         for options in variants or ({},): getattr(torchvision.datasets, kind)(str(root), download=True, **options)
     return get
 
-# %% ../nbs/02_data.ipynb #929c4b95
+# %% ../nbs/02_data.ipynb #c0a1d4b1
 def by_hub(
     repo: str,                   # data set on the Hugging Face hub with columns image and label
     folder: str,                 # folder to make under the root
@@ -676,7 +680,8 @@ def by_hub(
     "A download from the hub, into split and class folders."
     def get(root):
         try: import datasets
-        except ImportError: raise DataError(f"{folder} comes from the Hugging Face hub: pip install metanb[hub], then fetch it again") from None
+        except ImportError:
+            raise DataError(f"{folder} comes from the Hugging Face hub: pip install metanb[hub], then fetch it again") from None
         part = Path(root) / f"{folder}.part"
         shutil.rmtree(part, ignore_errors=True)
         home = {c: split for split, classes in split_list(lists).items() for c in classes} if lists else {}
@@ -697,9 +702,10 @@ def save_rows(
     for i, row in enumerate(tqdm(rows, desc=label, unit="image", disable=None)):
         folder = place(names[row["label"]])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{prefix}{i:06}{Path(row['image']['path'] or '.jpg').suffix.lower()}").write_bytes(row["image"]["bytes"])
+        kind = Path(row["image"]["path"] or "").suffix.lower()
+        (folder / f"{prefix}{i:06}{kind if kind in SUFFIXES else '.jpg'}").write_bytes(row["image"]["bytes"])
 
-# %% ../nbs/02_data.ipynb #cc30e784
+# %% ../nbs/02_data.ipynb #d1418510
 register(Source("glyphs", "Glyphs", 28, {s: (None, None) for s in (*SCRIPTS, "all")}, get="drawn from matplotlib's fonts, nothing to fetch",
                 terms="fonts: DejaVu (Bitstream Vera licence) and STIX (STIX Font License), shipped by matplotlib"))
 register(Source("omniglot", "Omniglot", 28, dict(train=(1028, 20560), validation=(172, 3440), test=(423, 8460), background=(964, 19280),
@@ -708,39 +714,43 @@ register(Source("omniglot", "Omniglot", 28, dict(train=(1028, 20560), validation
                 fetch=by_torchvision("Omniglot", dict(background=True), dict(background=False)),
                 get="torchvision, 15 MB; or unzip images_background.zip and images_evaluation.zip of brendenlake/omniglot into omniglot-py",
                 terms="MIT (Lake, Salakhutdinov and Tenenbaum 2015)"))
-register(Source("mnist", "MNIST", 28, dict(train=(10, 60000), test=(10, 10000), all=(10, 70000)), (("MNIST/raw", mnist_files), ("mnist", split_folders)),
-                read=dict(colour=False), even=False, fetch=by_torchvision("MNIST"), get="torchvision, 12 MB", terms="CC BY-SA 3.0, as commonly stated"))
+register(Source("mnist", "MNIST", 28, dict(train=(10, 60000), test=(10, 10000), all=(10, 70000)),
+                (("MNIST/raw", mnist_files), ("mnist", split_folders)), read=dict(colour=False), even=False,
+                fetch=by_torchvision("MNIST"), get="torchvision, 12 MB", terms="CC BY-SA 3.0, as commonly stated"))
 
-# %% ../nbs/02_data.ipynb #84ebee31
+# %% ../nbs/02_data.ipynb #0d5f7cd7
 CIFAR_TERMS = "none stated by its authors; cite Krizhevsky 2009"
 cifar10_pickles = partial(cifar_pickles, meta="batches.meta", key="label_names", label="labels",
                           train=[f"data_batch_{i}" for i in range(1, 6)], test=["test_batch"])
 cifar100_pickles = partial(cifar_pickles, meta="meta", key="fine_label_names", label="fine_labels", train=["train"], test=["test"])
-CIFAR100 = dict(layouts=(("cifar-100-python", cifar100_pickles), ("cifar100", split_folders)), read=dict(colour=True), fetch=by_torchvision("CIFAR100"),
-                get="torchvision, 169 MB (CIFAR-100)", terms=CIFAR_TERMS)
+CIFAR100 = dict(layouts=(("cifar-100-python", cifar100_pickles), ("cifar100", split_folders)), read=dict(colour=True),
+                fetch=by_torchvision("CIFAR100"), get="torchvision, 169 MB (CIFAR-100)", terms=CIFAR_TERMS)
 register(Source("cifar10", "CIFAR-10", 32, dict(train=(10, 50000), test=(10, 10000), all=(10, 60000)),
-                (("cifar-10-batches-py", cifar10_pickles), ("cifar10", split_folders)), read=dict(colour=True), fetch=by_torchvision("CIFAR10"),
-                get="torchvision, 170 MB", terms=CIFAR_TERMS))
+                (("cifar-10-batches-py", cifar10_pickles), ("cifar10", split_folders)), read=dict(colour=True),
+                fetch=by_torchvision("CIFAR10"), get="torchvision, 170 MB", terms=CIFAR_TERMS))
 register(Source("cifar100", "CIFAR-100", 32, dict(train=(100, 50000), test=(100, 10000), all=(100, 60000)), families="fc100", **CIFAR100))
 register(Source("cifarfs", "CIFAR-FS", 32, dict(train=(64, 38400), validation=(16, 9600), test=(20, 12000), all=(100, 60000)),
                 lists="cifarfs", families="fc100", **CIFAR100))
 register(Source("fc100", "FC100", 32, dict(train=(60, 36000), validation=(20, 12000), test=(20, 12000), all=(100, 60000)),
                 lists="fc100", families="fc100", **CIFAR100))
 
-# %% ../nbs/02_data.ipynb #9881f362
+# %% ../nbs/02_data.ipynb #52c358a0
 register(Source("miniimagenet", "mini-ImageNet", 84, dict(train=(64, 38400), validation=(16, 9600), test=(20, 12000), all=(100, 60000)),
                 tuple((n, miniimagenet_folders) for n in ("miniimagenet", "mini-imagenet", "mini_imagenet")), lists="miniimagenet",
                 read=dict(colour=True, fit="squash"),
                 fetch=by_hub("timm/mini-imagenet", "miniimagenet", dict(train="train", validation="train"), lists="miniimagenet"),
-                get="Hugging Face hub (timm/mini-imagenet, 7.4 GB), or your copy as miniimagenet/{train,val,test}/<class>/ or miniimagenet/images/",
+                get="Hugging Face hub (timm/mini-imagenet, 7.4 GB), or your copy as miniimagenet/{train,val,test}/<class>/ "
+                    "or miniimagenet/images/",
                 terms="ImageNet: non-commercial research, no redistribution"))
-register(Source("tinyimagenet", "Tiny ImageNet", 64, dict(train=(200, 100000), validation=(200, 10000), test=(200, 10000), all=(200, 110000)),
-                (("tiny-imagenet-200", tinyimagenet_folders), ("tinyimagenet", tinyimagenet_folders)), read=dict(colour=True),
+register(Source("tinyimagenet", "Tiny ImageNet", 64,
+                dict(train=(200, 100000), validation=(200, 10000), test=(200, 10000), all=(200, 110000)),
+                tuple((n, tinyimagenet_folders) for n in ("tinyimagenet", "tiny-imagenet-200")), read=dict(colour=True),
                 fetch=by_hub("zh-plus/tiny-imagenet", "tinyimagenet", dict(train="train", valid="val")),
                 get="Hugging Face hub (zh-plus/tiny-imagenet, 160 MB), or unpack tiny-imagenet-200.zip",
                 terms="ImageNet: non-commercial research, no redistribution"))
-register(Source("celeba", "CelebA", 64, dict(train=(1, 162770), validation=(1, 19867), test=(1, 19962), all=(1, 202599)), (("celeba", celeba_files),),
-                read=dict(colour=True, fit=148), attributes=celeba_attributes, fetch=by_torchvision("CelebA", dict(split="all")),
+register(Source("celeba", "CelebA", 64, dict(train=(1, 162770), validation=(1, 19867), test=(1, 19962), all=(1, 202599)),
+                (("celeba", celeba_files),), read=dict(colour=True, fit=148), attributes=celeba_attributes,
+                fetch=by_torchvision("CelebA", dict(split="all")),
                 get="torchvision with gdown, 1.4 GB; or celeba/img_align_celeba and list_attr_celeba.txt by hand",
                 terms="non-commercial research, no redistribution"))
 
@@ -769,8 +779,8 @@ def locate(
     "The folder that holds the set, with its reader; None if there is none."
     return next(((data_root(root) / p, reader) for p, reader in source.layouts if (data_root(root) / p).is_dir()), None)
 
-# %% ../nbs/02_data.ipynb #e723a4e2
-def select(
+# %% ../nbs/02_data.ipynb #87b48e28
+def pick_split(
     source: Source,                              # a data set
     found: dict[str, dict[str, list]],           # what its reader found
     split: str,                                  # wanted
@@ -786,14 +796,15 @@ def select(
         return found[split]
     wanted = split_list(source.lists)[split]
     lost = [name for name in wanted if name not in pool]
-    if lost: raise DataError(f"{home} lacks {len(lost)} of the {len(wanted)} {split} classes ({', '.join(lost[:3])} ...): {again(source, home)}")
+    if lost:
+        raise DataError(f"{home} lacks {len(lost)} of the {len(wanted)} {split} classes ({', '.join(lost[:3])}): {again(source, home)}")
     return {name: pool[name] for name in wanted}
 
 def again(source: Source, home: Path) -> str:
     "What to do about a damaged copy."
     return f"delete {home} and run `metanb data fetch {source.name}`, or get it so: {source.get}"
 
-# %% ../nbs/02_data.ipynb #3e4c25bf
+# %% ../nbs/02_data.ipynb #a1877825
 def examine(
     source: Source,              # a data set
     groups: dict[str, list],     # class → items of one split
@@ -803,7 +814,8 @@ def examine(
     "An error where classes or images of some classes are missing, a note where the whole copy is smaller."
     classes, images = source.splits[split]
     counts = {name: len(items) for name, items in groups.items()}
-    if len(counts) != classes: raise DataError(f"{home} has {len(counts)} classes in {split}, {source.title} has {classes}: {again(source, home)}")
+    if len(counts) != classes:
+        raise DataError(f"{home} has {len(counts)} classes in {split}, {source.title} has {classes}: {again(source, home)}")
     least, most, full = min(counts, key=counts.get), max(counts, key=counts.get), images // classes
     if source.even and counts[most] >= full > counts[least] or source.even and counts[most] > full:
         odd = least if counts[least] < full else most
@@ -811,14 +823,14 @@ def examine(
     here = sum(counts.values())
     return "" if here == images else f"this copy of {source.title} has {here:,} of the {images:,} {split} images"
 
-# %% ../nbs/02_data.ipynb #03f4a004
+# %% ../nbs/02_data.ipynb #0799a363
 def build_source(
     source: Source, split: str, size: int,   # what to build
     home: Path, reader: Callable,            # from where
     progress: bool | None,                   # as in `gather`
 ) -> tuple[ImageClasses, str]:               # classes, and a note if the copy is partial
     "One split of a data set from its own files."
-    groups = select(source, reader(home), split, home)
+    groups = pick_split(source, reader(home), split, home)
     note = examine(source, groups, split, home)
     family_of = {c: f for part in split_list(source.families).values() for c, f in part.items()} if source.families else None
     made = gather(groups, partial(read_image, size=size, **source.read), f"{source.name} {split}", progress, family_of)
@@ -934,7 +946,7 @@ def folder(
     key = hashlib.sha256(f"{path.resolve()} {split} {size} {colour} {fit}".encode()).hexdigest()[:12]
     return cached(f"folder-{path.name}-{key}.images", fingerprint(path), build, cache_folders(root))[0]
 
-# %% ../nbs/02_data.ipynb #97412b6c
+# %% ../nbs/02_data.ipynb #dcf16ffc
 def describe(
     name: str | None = None,         # one data set; None: all
     root: str | Path | None = None,  # as in `data_root`
@@ -943,11 +955,12 @@ def describe(
     rows = []
     for source in [source_of(name)] if name else SOURCES.values():
         found = locate(source, root)
-        rows.append(dict(name=source.name, title=source.title, size=source.size, splits=source.splits, found=str(found[0]) if found else None,
-                         ready=bool(found) or not source.layouts, where=[p for p, _ in source.layouts], get=source.get, terms=source.terms))
+        rows.append(dict(name=source.name, title=source.title, size=source.size, splits=source.splits,
+                         found=str(found[0]) if found else None, ready=bool(found) or not source.layouts,
+                         where=[p for p, _ in source.layouts], get=source.get, terms=source.terms))
     return rows
 
-# %% ../nbs/02_data.ipynb #775e0b38
+# %% ../nbs/02_data.ipynb #422e9118
 def faults(
     source: Source,                  # a data set
     root: str | Path | None = None,  # as in `data_root`
@@ -959,11 +972,11 @@ def faults(
         home, reader = found
         inside_it = reader(home)
         for split in [s for s in source.splits if s in inside_it or (source.lists and s in split_list(source.lists))]:
-            examine(source, select(source, inside_it, split, home), split, home)
+            examine(source, pick_split(source, inside_it, split, home), split, home)
         return "" if inside_it else f"{home} is empty: {again(source, home)}"
     except DataError as error: return str(error)
 
-# %% ../nbs/02_data.ipynb #82bbe211
+# %% ../nbs/02_data.ipynb #cd7c4dd4
 def fetch(
     name: str,                       # a data set
     root: str | Path | None = None,  # where to; None: METANB_DATA, else ~/.cache/metanb
@@ -978,13 +991,14 @@ def fetch(
         except DataError: raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{source.title} could not be fetched to {root} ({reason}): run this again when the network is there; if it fails "
-                            f"again, delete {root / source.layouts[0][0]} first, or get it so: {source.get}") from error
+            home = (locate(source, root) or [root / source.layouts[0][0]])[0]
+            raise DataError(f"{source.title} could not be fetched to {root} ({reason}): run this again when the network is there; "
+                            f"if it fails again, delete {home} first, or get it so: {source.get}") from error
         left = faults(source, root)
         if left: raise DataError(f"{source.title} was fetched but is not whole: {left}")
     return locate(source, root)[0]
 
-# %% ../nbs/02_data.ipynb #537da10f
+# %% ../nbs/02_data.ipynb #9cfe90f2
 def check(
     name: str,                       # a data set or a folder
     root: str | Path | None = None,  # as in `data_root`
@@ -1001,7 +1015,8 @@ def check(
                 warnings.simplefilter("always")
                 c = load(name, split, root=root, progress=progress)
             many = len(c) * c.images.shape[1] if c.counts is None else int(c.counts.sum())
-            row.update(classes=len(c), images=many, size="x".join(map(str, c.images.shape[2:])), note="; ".join(str(n.message) for n in notes))
+            row.update(classes=len(c), images=many, size="x".join(map(str, c.images.shape[2:])))
+            row["note"] = "; ".join(str(n.message) for n in notes)
         except DataError as error: row["problem"] = str(error)
         rows.append(row)
     return rows
