@@ -136,7 +136,7 @@ def check_dtype(dtype: torch.dtype) -> None:
     "Raises an error unless numbers of this type can be drawn."
     if dtype not in (torch.float32, torch.float64): raise TypeError(f"dtype={dtype}: use torch.float32 or torch.float64")
 
-# %% ../nbs/01_tasks.ipynb #81e81a8b
+# %% ../nbs/01_tasks.ipynb #66c2ee9d
 @dataclass(frozen=True)
 class Sinusoid(Sampler):
     "Sine curves y = A sin(ωx − φ); x and y are [T, shots, 1], xq and yq [T, queries, 1]."
@@ -165,7 +165,7 @@ class Sinusoid(Sampler):
 
     def draw(self, keys: Tensor) -> Task:
         "The tasks that belong to `keys`."
-        u = uniform(keys, 3 + self.shots + self.queries * (not self.grid), self.dtype)
+        u = uniform(keys, 3 + self.shots + (0 if self.grid else self.queries), self.dtype)
         (amplitude, phase, frequency), x = self.curves(u[..., :3]), u[..., 3:, None]
         if self.grid:
             even = torch.arange(self.queries, dtype=self.dtype, device=keys.device) / max(self.queries - 1, 1)
@@ -289,7 +289,7 @@ def few_shot_task(
     label = lambda k: torch.arange(ways, device=images.device).repeat_interleave(k).expand(*batch, ways * k)
     return Task(images[..., :shots, :, :, :].flatten(-5, -4), label(shots), images[..., shots:, :, :, :].flatten(-5, -4), label(n - shots))
 
-# %% ../nbs/01_tasks.ipynb #1a6486ba
+# %% ../nbs/01_tasks.ipynb #233dd30c
 @dataclass(frozen=True, eq=False, repr=False)
 class FewShot(Sampler):
     "N-way K-shot tasks: x [T, ways · shots, C, H, W] with labels y in 0..ways − 1, and xq, yq with queries in place of shots."
@@ -336,8 +336,8 @@ class FewShot(Sampler):
         task = few_shot_task(rotate(x, turns[..., None]) if self.rotations else x, self.shots)
         if self.labels == "global":
             number = classes + len(self.images) * turns
-            task = task._replace(y=number.repeat_interleave(self.shots, -1), yq=number.repeat_interleave(self.queries, -1))
-        return task._replace(x=as_float(task.x), xq=as_float(task.xq))  # last, since floats are four times the bytes
+            task = Task(task.x, number.repeat_interleave(self.shots, -1), task.xq, number.repeat_interleave(self.queries, -1))
+        return Task(as_float(task.x), task.y, as_float(task.xq), task.yq)  # last, since floats are four times the bytes
 
     def __repr__(self) -> str:
         count, size = f"{len(self.classes)}{'×4' * self.rotations}", "×".join(map(str, self.images.shape[2:]))
