@@ -43,12 +43,14 @@ def own_randomness(device: torch.device):
     "Leaves torch's random state after the block as it was before."
     with torch.random.fork_rng([device] if device.type == "cuda" else []): yield
 
-# %% ../nbs/04_train.ipynb #779c4f0d
+# %% ../nbs/04_train.ipynb #d219226a
 def check_parts(learner, **samplers) -> None:
     "Refuses what is no learner, and what is no sampler."
-    if not isinstance(learner, nn.Module): raise TypeError(f"learner: expected a Learner, which is a torch.nn.Module, got {type(learner).__name__}")
+    if not isinstance(learner, nn.Module):
+        raise TypeError(f"learner: expected a Learner, which is a torch.nn.Module, got {type(learner).__name__}")
     for name, s in samplers.items():
-        if not hasattr(s, "sample"): raise TypeError(f"{name}: expected an object with sample(T, seed=, step=, start=), got {type(s).__name__}")
+        if not hasattr(s, "sample"):
+            raise TypeError(f"{name}: expected an object with sample(T, seed=, step=, start=), got {type(s).__name__}")
 
 def placed(learner: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     "The device and floating-point dtype of a learner's weights; the CPU for one without any."
@@ -61,10 +63,11 @@ def draw(sampler, tasks: int, device: torch.device, dtype: torch.dtype | None, *
     check_tasks(batch, None)
     return Task(*batch).to(device) if dtype is None else Task(*batch).to(device, dtype)
 
-# %% ../nbs/04_train.ipynb #3678d7fb
+# %% ../nbs/04_train.ipynb #6ceff115
 def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
     "The share of rows [Q, ways] whose largest output is the label [Q]."
-    if outputs.shape[:-1] != y.shape: raise ValueError(f"accuracy: outputs {tuple(outputs.shape)} and labels {tuple(y.shape)}; expected [Q, ways] and [Q]")
+    if outputs.shape[:-1] != y.shape:
+        raise ValueError(f"accuracy: outputs {tuple(outputs.shape)} and labels {tuple(y.shape)}; expected [Q, ways] and [Q]")
     return (outputs.argmax(-1) == y).to(outputs.dtype).mean()
 
 accuracy.larger_is_better = True
@@ -235,7 +238,7 @@ def plot_history(history: History, ax=None):
     ax.legend(handles=lines, fontsize=7)
     return ax
 
-# %% ../nbs/04_train.ipynb #d7f1c00a
+# %% ../nbs/04_train.ipynb #7420b848
 class LogFile:
     "A callback that keeps a `.csv` or `.jsonl` file of the history, flushed about once a second."
     def __init__(self, path: str | os.PathLike):
@@ -250,8 +253,10 @@ class LogFile:
 
     def write(self, row: dict[str, float]) -> None:
         "One line; what is not finite is null in JSON, and in CSV empty where validation did not run."
-        if self.path.suffix == ".csv": csv.writer(self.file).writerow("" if n in ("validation", "ci95") and math.isnan(v) else v for n, v in row.items())
-        else: self.file.write(json.dumps({n: v if math.isfinite(v) else None for n, v in row.items()}) + "\n")
+        if self.path.suffix == ".jsonl":
+            self.file.write(json.dumps({n: v if math.isfinite(v) else None for n, v in row.items()}) + "\n")
+        else:
+            csv.writer(self.file).writerow("" if n in ("validation", "ci95") and math.isnan(v) else v for n, v in row.items())
 
     def start(self, run: "Run") -> None: self.open(run.history)
 
@@ -269,7 +274,7 @@ def save_history(history: History, path: str | os.PathLike) -> None:
     log.open(history)
     log.file.close()
 
-# %% ../nbs/04_train.ipynb #f6884259
+# %% ../nbs/04_train.ipynb #aeeb22f8
 SEAL = b"\nmetanb checkpoint, sha256 "  # followed by the sum in hexadecimal
 
 def save_checkpoint(
@@ -290,9 +295,9 @@ def save_checkpoint(
 def load_checkpoint(path: str | os.PathLike) -> dict:
     "Reads a checkpoint onto the CPU without running code from it."
     data, seal, digest = Path(path).read_bytes().rpartition(SEAL)
-    remedy = "delete it to start over, or give another path"
-    if not seal: raise ValueError(f"checkpoint {path} is damaged, its end is missing, or it is no checkpoint of metanb; {remedy}")
-    if hashlib.sha256(data).hexdigest().encode() != digest: raise ValueError(f"checkpoint {path} is damaged, its checksum does not match; {remedy}")
+    if hashlib.sha256(data).hexdigest().encode() != digest:
+        why = "its checksum does not match" if seal else "its end is missing, or it is no checkpoint of metanb"
+        raise ValueError(f"checkpoint {path} is damaged: {why}; delete it to start over, or give another path")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 # %% ../nbs/04_train.ipynb #72f10a22
@@ -328,7 +333,7 @@ def tell(callbacks, event: str, run: Run) -> None:
     for c in callbacks:
         if hasattr(c, event): getattr(c, event)(run)
 
-# %% ../nbs/04_train.ipynb #ceac1197
+# %% ../nbs/04_train.ipynb #05810d31
 def settings(owner) -> dict[str, str]:
     "Its plain attributes, such as a number of steps or a rate; not where it is or in which mode."
     plain = lambda n, v: n[0] != "_" and n not in ("device", "training") and isinstance(v, int | float | str | tuple)
@@ -336,13 +341,14 @@ def settings(owner) -> dict[str, str]:
 
 def identity(run: Run) -> dict[str, str]:
     "What two runs must share for one to continue the other, in words."
-    name = lambda f: getattr(f, "__name__", type(f).__name__)
+    name = lambda f: "none" if f is None else getattr(f, "__name__", type(f).__name__)
     parts = [run.learner, run.sampler, *(m for n, m in run.learner.named_children() if n != "model")]
     weights = {f"weight {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in run.learner.state_dict().items()}
-    return dict(learner=name(run.learner), sampler=name(run.sampler), optimizer=name(run.opt), scheduler=name(run.scheduler), combine=name(run.combine),
-                tasks=str(run.tasks), seed=str(run.seed), **{k: v for part in parts for k, v in settings(part).items()}, **weights)
+    named = {n: name(getattr(run, n)) for n in ("learner", "sampler", "opt", "scheduler", "combine")}
+    plain = {k: v for part in parts for k, v in settings(part).items()}
+    return {**named, "tasks": str(run.tasks), "seed": str(run.seed), **plain, **weights}
 
-# %% ../nbs/04_train.ipynb #0ff181ba
+# %% ../nbs/04_train.ipynb #c551d515
 def snapshot(run: Run) -> dict:
     "Everything the next meta-step depends on, as tensors and plain values."
     history = {n: torch.tensor(v, dtype=torch.int64 if n == "step" else torch.float64) for n, v in run.history.data.items()}
@@ -355,7 +361,8 @@ def check_resume(run: Run, state: dict, path) -> None:
     differ = [f"{k} was {was.get(k, 'absent')}, now {now.get(k, 'absent')}" for k in {**was, **now} if was.get(k) != now.get(k)]
     more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
     if differ: raise ValueError(f"checkpoint {path} belongs to another run ({'; '.join(differ[:4])}{more}): {remedy}")
-    if state["step"] > run.steps: raise ValueError(f"checkpoint {path} is at step {state['step']}, beyond steps={run.steps}: ask for more steps, {remedy}")
+    if state["step"] > run.steps:
+        raise ValueError(f"checkpoint {path} is at step {state['step']}, beyond steps={run.steps}: ask for more steps, {remedy}")
 
 def restore(run: Run, path: str | os.PathLike) -> None:
     "Puts a run where a checkpoint of it was."
@@ -410,7 +417,7 @@ class Checkpoint:
     def end(self, run: Run) -> None:
         if run.error is None and self.at != run.step: self.save(run)
 
-# %% ../nbs/04_train.ipynb #83fb07ac
+# %% ../nbs/04_train.ipynb #0b3e72a9
 def watched() -> bool:
     "Whether a person sees the output as it is written: in a terminal, or in a notebook with a kernel."
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
@@ -427,7 +434,8 @@ class Progress:
     def step(self, run: Run) -> None:
         if self.bar is None or time.perf_counter() - self.shown < 0.2: return
         seen = next((v for v in reversed(run.history["validation"]) if not math.isnan(v)), None)
-        self.bar.set_postfix_str(f"loss {run.history['loss'][-1]:.4g}" + (f", validation {seen:.4g}" if seen is not None else ""), refresh=False)
+        text = f"loss {run.history['loss'][-1]:.4g}" + (f", validation {seen:.4g}" if seen is not None else "")
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(run.step - self.bar.n)
         self.bar.refresh()
         self.shown = time.perf_counter()
@@ -454,7 +462,7 @@ class TensorBoard:
 
     def end(self, run: Run) -> None: self.writer.close()
 
-# %% ../nbs/04_train.ipynb #152a2a60
+# %% ../nbs/04_train.ipynb #30bfa31d
 @contextlib.contextmanager
 def interruptible(run: Run):
     "Turns the first SIGINT into `run.stop`, and into KeyboardInterrupt once the run is in order."
@@ -468,7 +476,8 @@ def interruptible(run: Run):
     signal.signal(signal.SIGINT, at_signal)
     try: yield
     finally: signal.signal(signal.SIGINT, previous)
-    if caught: raise KeyboardInterrupt(f"stopped after meta-step {run.step}; " + (f"saved {run.saved}" if run.saved else "no checkpoint was asked for"))
+    kept = f"saved {run.saved}" if run.saved else "no checkpoint was asked for"
+    if caught: raise KeyboardInterrupt(f"stopped after meta-step {run.step}; {kept}")
 
 @contextlib.contextmanager
 def running(run: Run, callbacks):
@@ -483,21 +492,24 @@ def running(run: Run, callbacks):
             raise
         finally: tell(callbacks, "end", run)
 
-# %% ../nbs/04_train.ipynb #883f642a
+# %% ../nbs/04_train.ipynb #a2c57d77
 def check_optimizer(opt, scheduler, params, validation) -> None:
     "Refuses an optimizer or scheduler that can't train these parameters."
     if not isinstance(opt, torch.optim.Optimizer): raise TypeError(f"opt: expected a torch.optim.Optimizer, got {type(opt).__name__}")
-    if isinstance(opt, torch.optim.LBFGS): raise TypeError("opt: LBFGS needs several losses a step; use an optimizer whose step() takes no closure")
+    if isinstance(opt, torch.optim.LBFGS): raise TypeError("opt: LBFGS needs several losses a step; use one whose step() takes no closure")
     mine = {id(p) for p in params}
     if not any(id(p) in mine for group in opt.param_groups for p in group["params"]):
-        raise ValueError("opt: none of its parameters belong to the learner; make it from learner.parameters(), which are copies of the model's")
-    if scheduler is not None and getattr(scheduler, "optimizer", opt) is not opt: raise ValueError("scheduler: it belongs to another optimizer than opt")
-    if isinstance(scheduler, ReduceLROnPlateau) and validation is None: raise ValueError("scheduler: ReduceLROnPlateau needs validation=SAMPLER to go by")
+        raise ValueError("opt: none of its parameters belong to the learner; make it from learner.parameters(), copies of the model's")
+    if scheduler is None: return
+    if getattr(scheduler, "optimizer", opt) is not opt: raise ValueError("scheduler: it belongs to another optimizer than opt")
+    if isinstance(scheduler, ReduceLROnPlateau) and validation is None:
+        raise ValueError("scheduler: ReduceLROnPlateau needs validation=SAMPLER to go by")
 
 def check_choices(combine, clip, compile, nonfinite) -> None:
     "Refuses settings outside their choices."
     if not callable(combine): raise TypeError(f"combine={combine!r}: expected a function {{name: [T, *shape]}} -> {{name: [*shape]}}")
-    if clip is not None and not callable(clip) and not clip > 0: raise ValueError(f"clip={clip!r}: a positive bound, or a function of the parameters")
+    if clip is not None and not callable(clip) and not clip > 0:
+        raise ValueError(f"clip={clip!r}: a positive bound, or a function of the parameters")
     if compile not in (True, False, "auto"): raise ValueError(f"compile={compile!r}: use True, False or 'auto'")
     if nonfinite not in ("stop", "skip"): raise ValueError(f"nonfinite={nonfinite!r}: use 'stop' or 'skip'")
 
@@ -518,10 +530,11 @@ def adam(params) -> torch.optim.Optimizer:
     params = list(params)
     return torch.optim.Adam(params, 1e-3, fused=all(p.device.type in ("cpu", "cuda") for p in params))
 
-# %% ../nbs/04_train.ipynb #f971908c
+# %% ../nbs/04_train.ipynb #54533a26
 def explain(run: Run, loss: float, size: float) -> str:
     "What to say about a meta-step that is not finite."
-    return (f"meta-step {run.step + 1}: the meta-loss is {loss:g} and its gradient's norm {size:g}; the learner is left as it was after step {run.step}. "
+    return (f"meta-step {run.step + 1}: the meta-loss is {loss:g} and its gradient's norm {size:g}; "
+            f"the learner is left as it was after step {run.step}. "
             f"Last good checkpoint: {run.saved or 'none (checkpoint=PATH would keep one)'}. "
             "Lower the learning rates, bound the meta-gradient with clip=, or leave such steps out with nonfinite='skip'")
 
@@ -539,17 +552,18 @@ def update(run: Run, grads: Params, losses: Tensor, clip=None, nonfinite: str = 
     run.history.append(step=run.step, loss=loss, grad_norm=size, lr=rate, seconds=time.perf_counter() - run.clock)
     if run.scheduler is not None and not isinstance(run.scheduler, ReduceLROnPlateau): run.scheduler.step()
 
-# %% ../nbs/04_train.ipynb #e001c78d
+# %% ../nbs/04_train.ipynb #9f869068
 def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, checkpoint_every, progress) -> list:
     "Everything that is told about a run, in the order in which it is told."
-    check_sizes(1, validate_every=1 if every is None else every, validation_tasks=tasks, checkpoint_every=1 if checkpoint_every is None else checkpoint_every)
+    optional = dict(validate_every=every, checkpoint_every=checkpoint_every)
+    check_sizes(1, validation_tasks=tasks, **{n: v for n, v in optional.items() if v is not None})
     out = [as_callback(c) for c in callbacks]
     best = None if checkpoint is None else Path(f"{os.fspath(checkpoint)}.best")
     if validation is not None: out.insert(0, Validate(validation, every or max(1, run.steps // 20), tasks, metric, best))
     if checkpoint is not None: out.append(Checkpoint(checkpoint, checkpoint_every))
     return [*out, Progress()] if progress else out
 
-# %% ../nbs/04_train.ipynb #ed8d1fb8
+# %% ../nbs/04_train.ipynb #aba9382b
 def fit(
     learner: Learner,  # trained in place; its trainable parameters are the meta-parameters
     sampler,  # where training tasks come from
@@ -586,7 +600,8 @@ def fit(
     told = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
     if checkpoint is not None and resume and Path(checkpoint).exists(): restore(run, checkpoint)
 
-    gradients = compiled(learner, chunk) if (pays(learner, steps) if compile == "auto" else compile) else partial(task_grads, learner, chunk=chunk)
+    compile = pays(learner, steps) if compile == "auto" else compile
+    gradients = compiled(learner, chunk) if compile else partial(task_grads, learner, chunk=chunk)
     (device, dtype), meta_params = placed(learner), {n: p.detach() for n, p in params.items()}
     with running(run, told):
         while run.step < steps and not run.stop:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler as rates
 
 from metanb.core import SGD, Learner, MetaLearner, Task, mean
 from metanb.tasks import Sinusoid
@@ -48,7 +49,8 @@ learner = MetaLearner(net, rule=SGD(0.01))
 opt = torch.optim.Adam(learner.parameters(), 1e-2)
 scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=steps)
 history = fit(learner, Sinusoid(), steps, 5, opt, scheduler=scheduler, validation=Sinusoid(), validate_every=25, validation_tasks=5,
-              checkpoint=None if path == "none" else path, checkpoint_every=3, compile=compile, callbacks=[lambda run: print(run.step, flush=True)])
+              checkpoint=None if path == "none" else path, checkpoint_every=3, compile=compile,
+              callbacks=[lambda run: print(run.step, flush=True)])
 torch.save([learner.state_dict(), history.data["loss"], [v for v in history.data["validation"] if v == v]], out)
 """
 
@@ -123,7 +125,8 @@ def test_sigint_without_a_checkpoint_leaves_the_learner_between_two_steps():
         seen.append(run.step)
         if run.step == 4: os.kill(os.getpid(), signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="after meta-step 4; no checkpoint was asked for"): fit(learner, SINES, 10, 3, callbacks=[after])
+    with pytest.raises(KeyboardInterrupt, match="after meta-step 4; no checkpoint was asked for"):
+        fit(learner, SINES, 10, 3, callbacks=[after])
     assert seen == [1, 2, 3, 4] and signal.getsignal(signal.SIGINT) is before
     twin = new()
     fit(twin, SINES, 4, 3)
@@ -191,14 +194,19 @@ def test_a_leftover_of_a_killed_save_does_no_harm(tmp_path):
     assert os.listdir(tmp_path) == ["run.ckpt"] and load_checkpoint(path)["step"] == 3
 
 
+def warm_up(opt): return rates.SequentialLR(opt, [rates.LinearLR(opt, 0.1, 1, 5), rates.ExponentialLR(opt, 0.9)], [5])
+
+
 SCHEDULERS = {
-    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 4), "milestones": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 9]),
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20), "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 / (1 + s)),
-    "cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.01, total_steps=30),
-    "sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.LinearLR(o, 0.1, 1, 5), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [5]),
-    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "step": lambda o: rates.StepLR(o, 4), "milestones": lambda o: rates.MultiStepLR(o, [3, 9]),
+    "cosine": lambda o: rates.CosineAnnealingLR(o, 20), "lambda": lambda o: rates.LambdaLR(o, lambda s: 1 / (1 + s)),
+    "cycle": lambda o: rates.OneCycleLR(o, 0.01, total_steps=30),
+    "sequence": warm_up, "plateau": lambda o: rates.ReduceLROnPlateau(o, patience=0),
 }
-OPTIMIZERS = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, 1e-2), "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3)}
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, 1e-2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3),
+}
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
@@ -208,22 +216,27 @@ def test_any_optimizer_and_scheduler_resumes(tmp_path, opt, scheduler):
     def run(path=None, callbacks=()):
         learner = new()
         o = OPTIMIZERS[opt](learner.parameters())
-        return learner, fit(learner, SINES, 12, 2, o, scheduler=SCHEDULERS[scheduler](o), checkpoint=path, checkpoint_every=3, callbacks=callbacks,
-                            validation=SINES, validate_every=2, validation_tasks=3)
+        return learner, fit(learner, SINES, 12, 2, o, scheduler=SCHEDULERS[scheduler](o), checkpoint=path, checkpoint_every=3,
+                            callbacks=callbacks, validation=SINES, validate_every=2, validation_tasks=3)
     with pytest.raises(ConnectionError): run(tmp_path / "c", [crash(7)])
     (a, whole), (b, resumed) = run(), run(tmp_path / "c")
     assert same(a, b) and whole["lr"] == resumed["lr"] and (scheduler == "plateau" or len(set(whole["lr"])) > 1)
 
 
 @pytest.mark.parametrize("change, names", [
-    (dict(seed=1), "seed was 0, now 1"), (dict(tasks=3), "tasks was 2, now 3"), (dict(sampler=Sinusoid(shots=5)), "Sinusoid.shots was 10, now 5"),
-    (dict(learner=MetaLearner(mlp(), rule=SGD(0.02))), "SGD.lr was 0.01, now 0.02"), (dict(learner=MetaLearner(mlp(), rule=SGD(0.01), steps=2)), "MetaLearner.steps was 1, now 2"),
-    (dict(learner=MetaLearner(nn.Linear(1, 1), rule=SGD(0.01))), "weight init.model"), (dict(combine=lambda g: mean(g)), "combine was mean, now <lambda>"),
+    (dict(seed=1), "seed was 0, now 1"),
+    (dict(tasks=3), "tasks was 2, now 3"),
+    (dict(sampler=Sinusoid(shots=5)), "Sinusoid.shots was 10, now 5"),
+    (dict(learner=MetaLearner(mlp(), rule=SGD(0.02))), "SGD.lr was 0.01, now 0.02"),
+    (dict(learner=MetaLearner(mlp(), rule=SGD(0.01), steps=2)), "MetaLearner.steps was 1, now 2"),
+    (dict(learner=MetaLearner(nn.Linear(1, 1), rule=SGD(0.01))), "weight init.model"),
+    (dict(combine=lambda g: mean(g)), "combine was mean, now <lambda>"),
     (dict(steps=1), "at step 3, beyond steps=1")])
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path, change, names):
     path = tmp_path / "run.ckpt"
     fit(new(), SINES, 3, 2, checkpoint=path)
-    with pytest.raises(ValueError, match="run.ckpt") as e: fit(**{**dict(learner=new(), sampler=SINES, steps=5, tasks=2, checkpoint=path), **change})
+    with pytest.raises(ValueError, match="run.ckpt") as e:
+        fit(**{**dict(learner=new(), sampler=SINES, steps=5, tasks=2, checkpoint=path), **change})
     assert names in str(e.value) and "resume=False" in str(e.value)
 
 
@@ -236,7 +249,8 @@ def test_a_finished_run_returns_its_history_at_once(tmp_path):
 
 def test_best_checkpoint_is_the_one_with_the_best_validation(tmp_path):
     learner = new()
-    history = fit(learner, SINES, 30, 2, torch.optim.SGD(learner.parameters(), 0.05), validation=SINES, validate_every=3, validation_tasks=20, checkpoint=tmp_path / "c")
+    opt = torch.optim.SGD(learner.parameters(), 0.05)
+    history = fit(learner, SINES, 30, 2, opt, validation=SINES, validate_every=3, validation_tasks=20, checkpoint=tmp_path / "c")
     best = min((v, s) for s, v in zip(history["step"], history["validation"]) if not math.isnan(v))
     assert load_checkpoint(tmp_path / "c.best")["step"] == best[1]
     again = evaluate(load_learner(new(seed=3), tmp_path / "c.best"), SINES, 20, None, derive(0, "validation"))
@@ -398,7 +412,8 @@ def test_evaluate_classification_gives_accuracy_and_the_norm_mode():
         learner = MetaLearner(net, rule=SGD(0.5), loss=F.cross_entropy, norm=norm)
         result = evaluate(learner, Classes(), tasks=50, steps=20)
         assert (result.metric, result.norm, result.steps, result.tasks, result.seed) == ("accuracy", norm, 20, 50, 1)
-        assert result.values.shape == (50, 21) and result.mean[-1] > result.mean[0] and f"statistics: {norm}" in repr(result) and "\n" not in repr(result)
+        assert result.values.shape == (50, 21) and result.mean[-1] > result.mean[0]
+        assert f"statistics: {norm}" in repr(result) and "\n" not in repr(result)
         torch.testing.assert_close(result.ci95, 1.96 * result.values.std(0) / 50**0.5)
     history = fit(learner, Classes(), 4, 3, validation=Classes(), validate_every=2)
     assert history.metric == "accuracy"
@@ -446,15 +461,24 @@ def test_a_learner_in_double_takes_single_precision_tasks():
 
 # ---- refusals
 
+def foreign(): return torch.optim.SGD(mlp().parameters())
+
+
 @pytest.mark.parametrize("change, error, says", [
-    (dict(steps=-1), ValueError, "steps=-1"), (dict(steps=2.5), TypeError, "steps=2.5"), (dict(tasks=0), ValueError, "tasks=0"), (dict(chunk=0), ValueError, "chunk=0"),
-    (dict(nonfinite="ignore"), ValueError, "nonfinite='ignore'"), (dict(compile="no"), ValueError, "compile='no'"), (dict(clip=-1), ValueError, "clip=-1"),
-    (dict(opt="adam"), TypeError, "opt: expected a torch.optim.Optimizer, got str"), (dict(opt=torch.optim.SGD(mlp().parameters())), ValueError, "none of its parameters belong"),
-    (dict(sampler=[1]), TypeError, "sampler: expected an object with sample"), (dict(validation=3), TypeError, "validation: expected an object with sample"),
-    (dict(validation=SINES, validate_every=0), ValueError, "validate_every=0"), (dict(validation=SINES, validation_tasks=0), ValueError, "validation_tasks=0"),
-    (dict(checkpoint="c", checkpoint_every=0), ValueError, "checkpoint_every=0"), (dict(callbacks=[3]), TypeError, "callbacks: expected"),
-    (dict(validation=SINES, metric="f1"), ValueError, "metric='f1'"), (dict(learner=mlp), TypeError, "learner: expected"),
-    (dict(scheduler=torch.optim.lr_scheduler.StepLR(torch.optim.SGD(mlp().parameters()), 1)), ValueError, "scheduler: it belongs to another")])
+    (dict(learner=mlp), TypeError, "learner: expected"),
+    (dict(sampler=[1]), TypeError, "sampler: expected an object with sample"),
+    (dict(steps=-1), ValueError, "steps=-1"), (dict(steps=2.5), TypeError, "steps=2.5"),
+    (dict(tasks=0), ValueError, "tasks=0"), (dict(chunk=0), ValueError, "chunk=0"),
+    (dict(opt="adam"), TypeError, "opt: expected a torch.optim.Optimizer, got str"),
+    (dict(opt=foreign()), ValueError, "none of its parameters belong"),
+    (dict(scheduler=rates.StepLR(foreign(), 1)), ValueError, "scheduler: it belongs to another"),
+    (dict(clip=-1), ValueError, "clip=-1"), (dict(compile="no"), ValueError, "compile='no'"),
+    (dict(nonfinite="ignore"), ValueError, "nonfinite='ignore'"),
+    (dict(validation=3), TypeError, "validation: expected an object with sample"),
+    (dict(validation=SINES, metric="f1"), ValueError, "metric='f1'"),
+    (dict(validation=SINES, validate_every=0), ValueError, "validate_every=0"),
+    (dict(validation=SINES, validation_tasks=0), ValueError, "validation_tasks=0"),
+    (dict(checkpoint="c", checkpoint_every=0), ValueError, "checkpoint_every=0"), (dict(callbacks=[3]), TypeError, "callbacks: expected")])
 def test_misuse_is_refused_by_name(change, error, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error) as e: fit(**{**dict(learner=new(), sampler=SINES, steps=3, tasks=2, progress=False), **change})
@@ -471,4 +495,5 @@ def test_on_a_gpu_with_a_sampler_on_the_cpu(tmp_path, compile):
     for p, q in zip(weights(learner), weights(cpu)): torch.testing.assert_close(p.cpu(), q, rtol=1e-3, atol=1e-4)
     other = new(seed=4).cuda()
     assert fit(other, SINES, 20, 5, checkpoint=tmp_path / "c")["loss"] == history["loss"] and same(learner, other)
-    assert evaluate(learner, SINES, 10).values.is_cuda and load_learner(new(seed=2), tmp_path / "c")(Task(*(t[0] for t in SINES.sample(1)))).isfinite()
+    assert evaluate(learner, SINES, 10).values.is_cuda
+    assert load_learner(new(seed=2), tmp_path / "c")(Task(*(t[0] for t in SINES.sample(1)))).isfinite()
