@@ -37,6 +37,8 @@ def main(notebook, seconds="300", *flags):
     limit(float(seconds))
     passed, took = nbdev.test.test_nb(Path(notebook).resolve(), skip_flags=config.tst_flags.split(), force_flags=flags,
                                       basepath=config.config_path)
+    if hasattr(signal, "setitimer"): signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.cancel_dump_traceback_later()
     return (0 if took else SKIPPED) if passed else 1
 
 
