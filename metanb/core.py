@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# %% ../nbs/00_core.ipynb #64014509
+# %% ../nbs/00_core.ipynb #994b488c
 class Task(NamedTuple):
     "One task, or a batch of `T` tasks when every tensor has a leading dimension `T`."
     x: Tensor  # support inputs [N, ...]
@@ -27,7 +27,7 @@ class Task(NamedTuple):
 
     def to(self, *args, **kwargs) -> "Task":
         "The task on another device; a dtype is given to the floating-point tensors alone."
-        move = lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(torch.empty(0, dtype=t.dtype).to(*args, **kwargs).device)
+        move = lambda t: t.to(*args, **kwargs) if t.is_floating_point() else t.to(torch.empty(0, device=t.device).to(*args, **kwargs).device)
         return Task(*map(move, self))
 
 # %% ../nbs/00_core.ipynb #440d5720
@@ -49,13 +49,16 @@ def detach(a: Params) -> Params:
     "The same values, seen as constants."
     return {n: t.detach() for n, t in a.items()}
 
-# %% ../nbs/00_core.ipynb #707bfa01
+# %% ../nbs/00_core.ipynb #676ac9b6
 def set_norm(model: nn.Module, norm: str = "batch") -> nn.Module:
     "Makes normalising layers use, in place, the statistics of the `batch` at hand, or their stored `running` averages, frozen."
     if norm not in ("batch", "running"): raise ValueError(f"norm={norm!r}: use 'batch' (statistics of the batch at hand) or 'running' (stored, frozen)")
     for m in model.modules():
         if not hasattr(m, "track_running_stats"): continue
-        if norm == "running": m.eval()
+        if norm == "running":
+            if m.running_mean is None and isinstance(m, nn.modules.batchnorm._BatchNorm):
+                raise ValueError(f"norm='running': {type(m).__name__} keeps no running averages; build it with track_running_stats=True or use norm='batch'")
+            m.eval()
         else: m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked = False, None, None, None
     return model
 
@@ -84,21 +87,25 @@ class Point(nn.Module):
     def forward(self, x: Tensor | None = None, y: Tensor | None = None) -> Params:
         return dict(self.model.named_parameters())
 
-# %% ../nbs/00_core.ipynb #2eb20fe7
+# %% ../nbs/00_core.ipynb #eea6978c
 def select(
     model: nn.Module,
     adapt=None,  # None for all; "head"; "body"; a name or prefix, or several; or a function name -> bool
 ) -> tuple[str, ...]:  # the names of the parameters that the inner loop moves, in the model's order
-    "Resolves the choice of adapted parameters."
+    "Resolves the choice of adapted parameters; the head is the module whose parameters are registered last."
     names = [n for n, _ in model.named_parameters()]
-    head = names[-1].rpartition(".")[0] if names else ""  # the module that owns the last parameter
+    owner = lambda n: n.partition(".parametrizations.")[0] if ".parametrizations." in n else n.rpartition(".")[0]
+    head = owner(names[-1]) if names else ""
     if adapt is None: keep = lambda n: True
-    elif adapt == "head": keep = lambda n: n.rpartition(".")[0] == head
-    elif adapt == "body": keep = lambda n: n.rpartition(".")[0] != head
+    elif adapt == "head": keep = lambda n: owner(n) == head
+    elif adapt == "body": keep = lambda n: owner(n) != head
     elif callable(adapt): keep = adapt
     else:
         prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
-        keep = lambda n: any(n == p or n.startswith(p + ".") for p in prefixes)
+        under = lambda n, prefix: n == prefix or n.startswith(prefix + ".")
+        for prefix in prefixes:
+            if not any(under(n, prefix) for n in names): raise ValueError(f"adapt={prefix!r} matches no parameter; the model's are {', '.join(names)}")
+        keep = lambda n: any(under(n, prefix) for prefix in prefixes)
     chosen = tuple(n for n in names if keep(n))
     if not chosen: raise ValueError(f"adapt={adapt!r} matches no parameter; the model's are {', '.join(names) or '(none)'}")
     return chosen
@@ -152,7 +159,7 @@ class Last:
 
 last = Last()
 
-# %% ../nbs/00_core.ipynb #22f54aae
+# %% ../nbs/00_core.ipynb #8a7aa777
 def surrogate(
     value: Tensor,  # scalar to report
     params: Params,  # what the gradient is taken with respect to (it may depend on φ in any way)
@@ -160,7 +167,7 @@ def surrogate(
 ) -> Tensor:
     "A scalar equal to `value` whose gradient with respect to `params` is `grads`."
     s = dot(params, detach(grads))
-    return value.detach() + s - s.detach()
+    return value.detach() + (s - s.detach())  # the bracket first: it is exactly zero, so the value stays exact
 
 def exact(learner: "MetaLearner", task: Task) -> Tensor:
     "The meta-loss, differentiated through the whole inner loop."
@@ -175,7 +182,7 @@ def mean(grads: Params) -> Params:
     "The average over tasks, {name: [T, *shape]} → {name: [*shape]}."
     return {n: g.mean(0) for n, g in grads.items()}
 
-# %% ../nbs/00_core.ipynb #075312b8
+# %% ../nbs/00_core.ipynb #0de8203f
 ELEMENTWISE = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss  # losses that would broadcast [N, 1] against [N] to [N, N]
 
 class Learner(nn.Module):
@@ -192,7 +199,7 @@ class Learner(nn.Module):
 
     def score(self, outputs: Tensor, y: Tensor) -> Tensor:
         "The loss, refusing a silent broadcast between outputs and regression targets."
-        if self.loss in ELEMENTWISE and outputs.shape != y.shape:
+        if y.is_floating_point() and outputs.shape != y.shape and (self.loss in ELEMENTWISE or outputs.numel() == y.numel()):
             raise ValueError(f"the model's outputs have shape {tuple(outputs.shape)}, the targets {tuple(y.shape)}: reshape one of them")
         return self.loss(outputs, y)
 
@@ -208,7 +215,7 @@ def check_model(model: nn.Module, steps: int) -> None:
     if next(model.parameters(), None) is None: raise ValueError("model: it has no parameters, so there is nothing to learn")
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
-# %% ../nbs/00_core.ipynb #8a66a559
+# %% ../nbs/00_core.ipynb #de625819
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
     def __init__(
@@ -234,6 +241,7 @@ class MetaLearner(Learner):
         self.objective, self.gradient, self.steps, self.loss, self.batch = objective, gradient, steps, loss, batch
 
     def forward(self, task: Task) -> Tensor:
+        "The meta-loss of one task. A batch goes to `meta_grads`; here it would pass for one large task."
         return self.gradient(self, task)
 
     def run(self, params: Params, x: Tensor) -> Tensor:
@@ -262,7 +270,7 @@ class MetaLearner(Learner):
         return self.objective.value(torch.stack([self.task_loss(params, task.xq, task.yq) for k, params in path if k in at]))
 
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> Params:
-        "The weights after the inner loop, for `functional_call(model, params, x)`."
+        "The weights after the inner loop, for `functional_call(model, params, x)`; they keep their graph, unless under `torch.no_grad()`."
         for params in self.path(x, y, steps): pass
         return params
 
@@ -314,7 +322,7 @@ def check_tasks(tasks: Task, chunk: int | None) -> None:
             raise ValueError(f"tasks: {inputs} has {sizes[inputs][1]} examples a task and {targets} {sizes[targets][1]}; they go in pairs")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk={chunk!r}: tasks at a time, 1 or more, or None for all")
 
-# %% ../nbs/00_core.ipynb #e28c179b
+# %% ../nbs/00_core.ipynb #11870aef
 def meta_grads(
     learner: Learner,  # its trainable parameters are the meta-parameters
     tasks: Task,  # a batch: every tensor has a leading dimension T
@@ -325,9 +333,11 @@ def meta_grads(
     check_tasks(tasks, chunk)
     meta_params = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
     if not meta_params: raise ValueError("learner: it has no trainable parameters, so there is no meta-gradient")
+    dtype = next(iter(meta_params.values())).dtype
+    if tasks.x.is_floating_point() and tasks.x.dtype != dtype: raise TypeError(f"tasks: x is {tasks.x.dtype}, the learner {dtype}; use tasks.to({dtype})")
     try: return (compiled(learner, chunk) if compile else partial(task_grads, learner, chunk=chunk))(meta_params, tasks)
     except RuntimeError as e:
-        if chunk != 1: e.add_note("If this comes from an operation of the model that vmap lacks, chunk=1 runs the tasks one after another.")
+        if chunk != 1: e.add_note("If chunk=1, which runs the tasks one after another, works, the model has an operation that vmap has no rule for.")
         raise
 
 # %% ../nbs/00_core.ipynb #29a9bd5c
