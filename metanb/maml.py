@@ -77,7 +77,7 @@ class Adam(nn.Module):
 
     def extra_repr(self) -> str: return f"lr={self.lr}, beta1={self.beta1}, beta2={self.beta2}"
 
-# %% ../nbs/10_maml.ipynb #fabae008
+# %% ../nbs/10_maml.ipynb #0179be5f
 def ANIL(
     model: nn.Module,  # any module; it is copied, not changed
     lr: float = 0.01,  # inner learning rate α
@@ -88,6 +88,12 @@ def ANIL(
     "MAML whose inner loop moves the last layer only ([Raghu et al. 2020](https://arxiv.org/abs/1909.09157))."
     return MAML(model, lr, steps, loss, **{"adapt": "head", **axes})
 
-def BOIL(model: nn.Module, lr: float = 0.01, steps: int = 1, loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss, **axes) -> MetaLearner:
+def BOIL(
+    model: nn.Module,  # any module; it is copied, not changed
+    lr: float = 0.01,  # inner learning rate α
+    steps: int = 1,  # inner steps S
+    loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,  # (outputs, targets) -> scalar
+    **axes,  # any other choice on an axis, see `MetaLearner`
+) -> MetaLearner:
     "MAML whose inner loop moves everything but the last layer ([Oh et al. 2021](https://arxiv.org/abs/2008.08882))."
     return MAML(model, lr, steps, loss, **{"adapt": "body", **axes})
