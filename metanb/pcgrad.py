@@ -14,13 +14,13 @@ from torch import Tensor
 from .core import Params, add, mean
 from .tasks import choose, task_keys
 
-# %% ../nbs/13_pcgrad.ipynb #9742cd77
+# %% ../nbs/13_pcgrad.ipynb #2d6fda4d
 def check_grads(
     grads: Params,  # {name: [T, *shape]}
 ) -> int:  # T
     "Refuses what is not a gradient for every task and parameter."
     if not isinstance(grads, dict) or not all(isinstance(g, Tensor) for g in grads.values()):
-        raise TypeError(f"grads: expected {{name: [T, *shape]}}, the first of the two that `meta_grads` returns; got {type(grads).__name__}")
+        raise TypeError(f"grads: expected {{name: [T, *shape]}}, the first of the two that `meta_grads` returns, got {type(grads).__name__}")
     sizes = {n: tuple(g.shape) for n, g in grads.items()}
     if len({s[:1] for s in sizes.values()}) != 1 or any(s[:1] in ((), (0,)) for s in sizes.values()):
         raise ValueError(f"grads: every tensor needs the same leading dimension T, one gradient a task; got {sizes}")
@@ -86,12 +86,12 @@ def project(
         A = A.scatter_add(1, j[:, None], -(overlap.clamp(max=0) * meets)[:, None])
     return A
 
-# %% ../nbs/13_pcgrad.ipynb #cc3f3a6f
+# %% ../nbs/13_pcgrad.ipynb #da371fd0
 def pcgrad(
     grads: Params,  # {name: [T, *shape]}
     seed: int | None = None,  # of the orders; None: from torch's generator, which `fit` seeds anew for each step
 ) -> Params:  # {name: [*shape]}
-    "The mean of the tasks' gradients after each is projected off those it conflicts with ([Yu et al. 2020](https://arxiv.org/abs/2001.06782))."
+    "The mean of the tasks' gradients after projecting each off those it conflicts with ([Yu et al. 2020](https://arxiv.org/abs/2001.06782))."
     rows = flatten(grads)
     cos, length = cosines(rows)
     A = project(cos, orders(len(rows), seed, rows.device))
