@@ -333,7 +333,7 @@ def tell(callbacks, event: str, run: Run) -> None:
     for c in callbacks:
         if hasattr(c, event): getattr(c, event)(run)
 
-# %% ../nbs/04_train.ipynb #05810d31
+# %% ../nbs/04_train.ipynb #b19e89f1
 def settings(owner) -> dict[str, str]:
     "Its plain attributes, such as a number of steps or a rate; not where it is or in which mode."
     plain = lambda n, v: n[0] != "_" and n not in ("device", "training") and isinstance(v, int | float | str | tuple)
@@ -341,7 +341,9 @@ def settings(owner) -> dict[str, str]:
 
 def identity(run: Run) -> dict[str, str]:
     "What two runs must share for one to continue the other, in words."
-    name = lambda f: "none" if f is None else getattr(f, "__name__", type(f).__name__)
+    plain_values = lambda f: [v for v in (*f.args, *f.keywords.values()) if isinstance(v, int | float | str)]
+    name = lambda f: (f"{name(f.func)}{plain_values(f)}" if isinstance(f, partial) else "none" if f is None
+                      else getattr(f, "__name__", type(f).__name__))
     parts = [run.learner, run.sampler, *(m for n, m in run.learner.named_children() if n != "model")]
     weights = {f"weight {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in run.learner.state_dict().items()}
     named = {n: name(getattr(run, n)) for n in ("learner", "sampler", "opt", "scheduler", "combine")}
