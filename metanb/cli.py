@@ -76,7 +76,7 @@ def constructor(method: Method) -> Callable:
     module, name = method.make.split(":")
     return getattr(importlib.import_module(f"metanb.{module}"), name)
 
-# %% ../nbs/40_cli.ipynb #b90f8a58
+# %% ../nbs/40_cli.ipynb #e21710fd
 SCALES = "smoke", "quick", "full"
 
 class Trial(NamedTuple):
@@ -112,7 +112,7 @@ class Problem:
     filters: tuple = (8, 16, 64)  # of a convolutional network
     stride: int = 2  # 2: `strided_net`; 1: MAML's network with max-pooling
     size: int | None = None  # side of the images in pixels; None for the set's own
-    rotations: bool = False  # quarter turns are training classes of their own
+    rotations: tuple = (False, False, False)  # quarter turns are training classes of their own
 
 # %% ../nbs/40_cli.ipynb #ada22ca8
 def sine_tasks(problem: Problem, trial: Trial, split: str):
@@ -126,7 +126,7 @@ def sine_net(problem: Problem, trial: Trial):
     from metanb.models import MLP
     return MLP(1, 40, 40, 1, std=None)
 
-# %% ../nbs/40_cli.ipynb #2fcdaab6
+# %% ../nbs/40_cli.ipynb #58735df5
 @lru_cache(maxsize=8)
 def image_classes(source: str, split: str, size: int | None):
     "The classes of one split of a data set, or of a folder given as folder:PATH."
@@ -139,7 +139,7 @@ def image_tasks(problem: Problem, trial: Trial, split: str):
     queries = trial.at_scale(problem.queries if split == "train" else problem.test_queries)
     with choosing(f"{problem.name}, {split} classes: "):
         images = image_classes(problem.name, split, problem.size)
-        turns = problem.rotations and split == "train"
+        turns = trial.at_scale(problem.rotations) and split == "train"
         return FewShot(images, trial.ways, trial.shots or problem.shots, queries, rotations=turns).to(trial.device)
 
 # %% ../nbs/40_cli.ipynb #287e599a
@@ -158,7 +158,7 @@ def image_net(problem: Problem, trial: Trial):
     if problem.stride == 2: return strided_net(trial.ways, channels, filters, size)
     return Conv4(trial.ways, channels, filters, stride=1, size=size)
 
-# %% ../nbs/40_cli.ipynb #cdabeb58
+# %% ../nbs/40_cli.ipynb #1d72c734
 GLYPHS = Problem("glyphs", "glyphs", "classification", image_tasks, image_net, shots=1, queries=(2, 5, 15), test_queries=(2, 5, 15),
                  steps=(3, 300, 20_000), tasks=(2, 4, 16), test_tasks=(10, 200, 600))
 COLOUR = replace(GLYPHS, steps=(3, 300, 60_000), tasks=(2, 4, 4), filters=(8, 16, 32), stride=1)  # MAML's network for mini-ImageNet
@@ -166,7 +166,7 @@ PROBLEMS = {p.name: p for p in (
     Problem("sinusoid", "sine curves", "regression", sine_tasks, sine_net, shots=10, queries=(10, 10, 10), test_queries=(20, 100, 100),
             steps=(20, 3000, 70_000), tasks=(5, 25, 25), test_tasks=(20, 600, 600)),
     GLYPHS,
-    replace(GLYPHS, name="omniglot", title="Omniglot", steps=(3, 300, 60_000), tasks=(2, 4, 32), rotations=True),
+    replace(GLYPHS, name="omniglot", title="Omniglot", steps=(3, 300, 60_000), tasks=(2, 4, 32), rotations=(False, False, True)),
     replace(COLOUR, name="miniimagenet", title="mini-ImageNet"),
     replace(COLOUR, name="cifarfs", title="CIFAR-FS"),
     replace(COLOUR, name="fc100", title="FC100"),
