@@ -215,7 +215,7 @@ def check_model(model: nn.Module, steps: int) -> None:
     if next(model.parameters(), None) is None: raise ValueError("model: it has no parameters, so there is nothing to learn")
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
-# %% ../nbs/00_core.ipynb #de625819
+# %% ../nbs/00_core.ipynb #4728f514
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
     def __init__(
@@ -228,6 +228,7 @@ class MetaLearner(Learner):
         gradient: Callable = exact,  # the gradient axis
         steps: int = 1,  # inner steps S in training, and by default in testing
         loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,  # (outputs, targets) -> scalar
+        penalty: Callable | None = None,  # (learner, task, θ_S) -> scalar added to the objective's value
         batch: int | None = None,  # support examples an inner step sees, taken in turn; None for all of them
         norm: str = "batch",  # the statistics that normalising layers use, see `set_norm`
     ):
@@ -238,7 +239,8 @@ class MetaLearner(Learner):
         self.init = init if isinstance(init, nn.Module) else init(model, norm)
         rule = SGD() if rule is None else rule
         self.rule = rule if isinstance(rule, nn.Module) else rule({n: p.detach() for n, p in model.named_parameters() if n in self.names})
-        self.objective, self.gradient, self.steps, self.loss, self.batch = objective, gradient, steps, loss, batch
+        self.objective, self.penalty, self.gradient = objective, penalty, gradient
+        self.steps, self.loss, self.batch = steps, loss, batch
 
     def forward(self, task: Task) -> Tensor:
         "The meta-loss of one task. A batch goes to `meta_grads`; here it would pass for one large task."
@@ -255,8 +257,14 @@ class MetaLearner(Learner):
 
     def path(self, x: Tensor, y: Tensor, steps: int | None = None, first_order: bool = False) -> Iterator[Params]:
         "The weights θ₀, …, θ_S along the inner loop on a support set."
-        loss = lambda params, step: self.task_loss(params, *self.minibatch(x, y, step))
-        return inner_loop(loss, self.init(x, y), self.rule, self.steps if steps is None else steps, self.names, first_order)
+        start, steps = self.init(x, y), self.steps if steps is None else steps
+        loss = self.inner_loss(x, y, start, first_order)
+        if hasattr(self.rule, "loop"): return self.rule.loop(loss, start, steps, self.names, first_order)
+        return inner_loop(loss, start, self.rule, steps, self.names, first_order)
+
+    def inner_loss(self, x: Tensor, y: Tensor, start: Params, first_order: bool = False) -> Callable[[Params, int], Tensor]:
+        "What the inner loop from `start` descends, a function of the weights and the step: the support loss."
+        return lambda params, step: self.task_loss(params, *self.minibatch(x, y, step))
 
     def minibatch(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
         "The support examples of one inner step: every n-th, beginning one later each step, so that n steps see all of them once."
@@ -264,10 +272,16 @@ class MetaLearner(Learner):
         return x[step % n :: n], y[step % n :: n]
 
     def meta_loss(self, task: Task, first_order: bool = False) -> Tensor:
-        "The objective's value on the query losses along the path."
-        at = set(self.objective.at(self.steps))
-        path = enumerate(self.path(task.x, task.y, first_order=first_order))
-        return self.objective.value(torch.stack([self.task_loss(params, task.xq, task.yq) for k, params in path if k in at]))
+        "The outer loss of the path."
+        at, losses = set(self.objective.at(self.steps)), []
+        for k, params in enumerate(self.path(task.x, task.y, first_order=first_order)):
+            if k in at: losses.append(self.task_loss(params, task.xq, task.yq))
+        return self.outer_loss(task, torch.stack(losses), params)
+
+    def outer_loss(self, task: Task, losses: Tensor, params: Params) -> Tensor:
+        "The objective's value on the query losses [len(at)], plus the penalty at the adapted weights θ_S."
+        value = self.objective.value(losses)
+        return value if self.penalty is None else value + self.penalty(self, task, params)
 
     def adapt(self, x: Tensor, y: Tensor, steps: int | None = None) -> Params:
         "The weights after the inner loop, for `functional_call(model, params, x)`; they keep their graph, unless under `torch.no_grad()`."

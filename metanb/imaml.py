@@ -38,14 +38,14 @@ def conjugate_gradients(
         direction = add(residual, direction, quotient(size, before, running[-1]))
     return {n: torch.where(running[0], t, b[n]) for n, t in x.items()}
 
-# %% ../nbs/12_imaml.ipynb #e5b9fa59
+# %% ../nbs/12_imaml.ipynb #a22973ac
 def implicit(learner: "Proximal", task: Task) -> Tensor:
     "Query loss at θ_S, with the gradient (I + H/λ)⁻¹ ∇L_qry as if θ_S were the inner minimum (a piece on the gradient axis)."
     with torch.no_grad():  # nothing of the path is kept
         for params in learner.path(task.x, task.y, first_order=True): pass
     start, params, lam = learner.init(task.x, task.y), detach(params), learner.strength(constant=True)
     moving = lambda p: {n: p[n] for n in learner.names}
-    slope, value = grad_and_value(lambda p: learner.objective.value(learner.task_loss(p, task.xq, task.yq)[None]))(params)
+    slope, value = grad_and_value(lambda p: learner.outer_loss(task, learner.task_loss(p, task.xq, task.yq)[None], p))(params)
     support = lambda p: grad(lambda m: learner.task_loss({**p, **m}, task.x, task.y))(moving(p))
     back = vjp(support, params)[1]  # v ↦ ∇⟨∇L_sup, v⟩: H v for the weights that move, the mixed derivative for the others
     u = conjugate_gradients(lambda v: add(v, moving(back(v)[0]), 1 / lam), moving(slope), learner.cg_steps)
@@ -66,7 +66,7 @@ def check_proximal(learner: "Proximal", lam: float) -> None:
         raise ValueError("rule: a minimum doesn't depend on how it was found, so the rule's constants get no implicit gradient; "
                          "use a rule without parameters, or gradient=exact")
 
-# %% ../nbs/12_imaml.ipynb #b78663d3
+# %% ../nbs/12_imaml.ipynb #d743f0ff
 class Proximal(MetaLearner):
     "A `MetaLearner` whose inner loss is L_sup(θ) + λ/2 ‖θ − φ‖²."
     def __init__(
@@ -87,16 +87,14 @@ class Proximal(MetaLearner):
         if not self.learn_lam: return self.lam
         return self.log_lam.detach().exp() if constant else self.log_lam.exp()
 
-    def path(self, x: Tensor, y: Tensor, steps: int | None = None, first_order: bool = False) -> Iterator[Params]:
-        "The weights θ₀, …, θ_S of the proximal problem on a support set."
-        start, lam = self.init(x, y), self.strength(first_order)
+    def inner_loss(self, x: Tensor, y: Tensor, start: Params, first_order: bool = False) -> Callable[[Params, int], Tensor]:
+        "The support loss plus λ/2 ‖θ − start‖² over the weights that move."
+        support, lam = super().inner_loss(x, y, start, first_order), self.strength(first_order)
         centre = detach(start) if first_order else start
         def loss(params, step):
             away = {n: params[n] - centre[n] for n in self.names}
-            return self.task_loss(params, *self.minibatch(x, y, step)) + lam / 2 * dot(away, away)
-        steps = self.steps if steps is None else steps
-        if hasattr(self.rule, "loop"): return self.rule.loop(loss, start, steps, self.names, first_order)
-        return inner_loop(loss, start, self.rule, steps, self.names, first_order)
+            return support(params, step) + lam / 2 * dot(away, away)
+        return loss
 
 # %% ../nbs/12_imaml.ipynb #debe71d6
 def IMAML(

@@ -6,10 +6,10 @@
 __all__ = ['SEAL', 'derive', 'reseed', 'own_randomness', 'check_parts', 'placed', 'draw', 'accuracy', 'choose_metric',
            'larger_is_better', 'norm_mode', 'Result', 'evaluating', 'tasks_at_once', 'curves', 'evaluate', 'History',
            'cell', 'table', 'html_table', 'moving_average', 'plot_history', 'LogFile', 'save_history',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback', 'tell', 'settings', 'identity', 'snapshot',
-           'check_resume', 'restore', 'load_learner', 'Validate', 'Checkpoint', 'watched', 'Progress', 'TensorBoard',
-           'interruptible', 'running', 'check_optimizer', 'check_choices', 'check_combined', 'pays', 'adam', 'explain',
-           'update', 'watchers', 'fit']
+           'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback', 'tell', 'settings', 'stateful', 'identity',
+           'snapshot', 'check_resume', 'restore', 'load_learner', 'Validate', 'Checkpoint', 'watched', 'Progress',
+           'TensorBoard', 'interruptible', 'running', 'check_optimizer', 'check_choices', 'check_combined', 'pays',
+           'adam', 'explain', 'update', 'watchers', 'fit']
 
 # %% ../nbs/04_train.ipynb #e225c957
 import contextlib, csv, hashlib, html, io, json, math, os, signal, sys, threading, time
@@ -300,7 +300,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(f"checkpoint {path} is damaged: {why}; delete it to start over, or give another path")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
-# %% ../nbs/04_train.ipynb #72f10a22
+# %% ../nbs/04_train.ipynb #3d570d3c
 @dataclass
 class Run:
     "The state of one `fit`."
@@ -319,8 +319,9 @@ class Run:
     error: BaseException | None = None  # what went wrong, for `end`
     saved: str = ""  # the last checkpoint, in words
     clock: float = 0.0  # the time from which the history's seconds count
+    callbacks: tuple | list = ()  # what is told about the run
 
-# %% ../nbs/04_train.ipynb #08b49fd4
+# %% ../nbs/04_train.ipynb #69233305
 def as_callback(c):
     "An object with start, step or end, as it is; a function as the `step` of one."
     if isinstance(c, type): raise TypeError(f"callbacks: {c.__name__} is a class; give an instance, {c.__name__}(…)")
@@ -328,16 +329,23 @@ def as_callback(c):
     if callable(c): return SimpleNamespace(step=c)
     raise TypeError(f"callbacks: expected objects with start, step or end, or functions of the run, got {type(c).__name__}")
 
-def tell(callbacks, event: str, run: Run) -> None:
+def tell(event: str, run: Run) -> None:
     "Calls the method named `event` of every callback that has one."
-    for c in callbacks:
+    for c in run.callbacks:
         if hasattr(c, event): getattr(c, event)(run)
 
-# %% ../nbs/04_train.ipynb #b19e89f1
+# %% ../nbs/04_train.ipynb #331db4b5
 def settings(owner) -> dict[str, str]:
-    "Its plain attributes, such as a number of steps or a rate; not where it is or in which mode."
-    plain = lambda n, v: n[0] != "_" and n not in ("device", "training") and isinstance(v, int | float | str | tuple)
+    "Its plain attributes, such as a number of steps or a rate; not where it is, in which mode, or what changes as its state."
+    changing = {"device", "training", *(owner.state_dict() if hasattr(owner, "load_state_dict") else ())}
+    plain = lambda n, v: n[0] != "_" and n not in changing and isinstance(v, int | float | str | tuple)
     return {f"{type(owner).__name__}.{n}": repr(v) for n, v in vars(owner).items() if plain(n, v)}
+
+def stateful(run: Run) -> list:
+    "The parts beside learner, optimizer and scheduler that have a state of their own, each once."
+    parts = {id(p): p for p in (run.sampler, run.combine, *run.callbacks) if hasattr(p, "load_state_dict")}
+    mine = {id(m) for m in run.learner.modules()}
+    return [p for i, p in parts.items() if i not in mine]
 
 def identity(run: Run) -> dict[str, str]:
     "What two runs must share for one to continue the other, in words."
@@ -347,15 +355,18 @@ def identity(run: Run) -> dict[str, str]:
     parts = [run.learner, run.sampler, *(m for n, m in run.learner.named_children() if n != "model")]
     weights = {f"weight {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in run.learner.state_dict().items()}
     named = {n: name(getattr(run, n)) for n in ("learner", "sampler", "opt", "scheduler", "combine")}
+    axes = {f"learner.{n}": name(getattr(run.learner, n)) for n in ("objective", "penalty", "gradient", "loss") if hasattr(run.learner, n)}
     plain = {k: v for part in parts for k, v in settings(part).items()}
-    return {**named, "tasks": str(run.tasks), "seed": str(run.seed), **plain, **weights}
+    named["parts with a state"] = ", ".join(type(p).__name__ for p in stateful(run)) or "none"
+    return {**named, **axes, "tasks": str(run.tasks), "seed": str(run.seed), **plain, **weights}
 
-# %% ../nbs/04_train.ipynb #c551d515
+# %% ../nbs/04_train.ipynb #5e307617
 def snapshot(run: Run) -> dict:
     "Everything the next meta-step depends on, as tensors and plain values."
     history = {n: torch.tensor(v, dtype=torch.int64 if n == "step" else torch.float64) for n, v in run.history.data.items()}
     return dict(step=run.step, learner=run.learner.state_dict(), opt=run.opt.state_dict(), history=history, metric=run.history.metric,
-                scheduler=None if run.scheduler is None else run.scheduler.state_dict(), identity=identity(run))
+                scheduler=None if run.scheduler is None else run.scheduler.state_dict(), identity=identity(run),
+                others=[part.state_dict() for part in stateful(run)])
 
 def check_resume(run: Run, state: dict, path) -> None:
     "Refuses to continue another run's checkpoint, by what differs."
@@ -373,6 +384,7 @@ def restore(run: Run, path: str | os.PathLike) -> None:
     run.learner.load_state_dict(state["learner"])
     run.opt.load_state_dict(state["opt"])
     if run.scheduler is not None: run.scheduler.load_state_dict(state["scheduler"])
+    for part, kept in zip(stateful(run), state["others"], strict=True): part.load_state_dict(kept)
     run.history.data, run.history.metric = {n: v.tolist() for n, v in state["history"].items()}, state["metric"]
     run.step, run.saved = state["step"], f"{path} at step {state['step']}"
 
@@ -464,7 +476,7 @@ class TensorBoard:
 
     def end(self, run: Run) -> None: self.writer.close()
 
-# %% ../nbs/04_train.ipynb #30bfa31d
+# %% ../nbs/04_train.ipynb #8041ee77
 @contextlib.contextmanager
 def interruptible(run: Run):
     "Turns the first SIGINT into `run.stop`, and into KeyboardInterrupt once the run is in order."
@@ -482,17 +494,17 @@ def interruptible(run: Run):
     if caught: raise KeyboardInterrupt(f"stopped after meta-step {run.step}; {kept}")
 
 @contextlib.contextmanager
-def running(run: Run, callbacks):
+def running(run: Run):
     "What surrounds the loop: training mode, torch's random state put back afterwards, start and end told, Ctrl-C in order."
     with interruptible(run), own_randomness(placed(run.learner)[0]):
         run.learner.train()
         run.clock = time.perf_counter() - (run.history["seconds"][-1] if len(run.history) else 0.0)
-        tell(callbacks, "start", run)
+        tell("start", run)
         try: yield
         except BaseException as e:
             run.error = e
             raise
-        finally: tell(callbacks, "end", run)
+        finally: tell("end", run)
 
 # %% ../nbs/04_train.ipynb #a2c57d77
 def check_optimizer(opt, scheduler, params, validation) -> None:
@@ -565,7 +577,7 @@ def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, 
     if checkpoint is not None: out.append(Checkpoint(checkpoint, checkpoint_every))
     return [*out, Progress()] if progress else out
 
-# %% ../nbs/04_train.ipynb #aba9382b
+# %% ../nbs/04_train.ipynb #9b96ade7
 def fit(
     learner: Learner,  # trained in place; its trainable parameters are the meta-parameters
     sampler,  # where training tasks come from
@@ -599,13 +611,13 @@ def fit(
     opt = adam(params.values()) if opt is None else opt
     check_optimizer(opt, scheduler, params.values(), validation)
     run = Run(learner, sampler, opt, scheduler, steps, tasks, seed, combine, params, History())
-    told = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
+    run.callbacks = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
     if checkpoint is not None and resume and Path(checkpoint).exists(): restore(run, checkpoint)
 
     compile = pays(learner, steps) if compile == "auto" else compile
     gradients = compiled(learner, chunk) if compile else partial(task_grads, learner, chunk=chunk)
     (device, dtype), meta_params = placed(learner), {n: p.detach() for n, p in params.items()}
-    with running(run, told):
+    with running(run):
         while run.step < steps and not run.stop:
             reseed(derive(seed, "step", run.step), device)
             batch = draw(sampler, tasks, device, dtype, seed=seed, step=run.step)
@@ -613,5 +625,5 @@ def fit(
             grads = combine(grads)
             check_combined(grads, params)
             update(run, grads, losses, clip, nonfinite)
-            tell(told, "step", run)
+            tell("step", run)
     return run.history

@@ -10,7 +10,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from metanb.core import Last, SGD, Task, exact, first_order, meta_grads, task_grads
+from metanb.core import Last, SGD, Task, dot, exact, first_order, meta_grads, task_grads
 from metanb.imaml import IMAML, NewtonCG, Proximal, conjugate_gradients, implicit
 from metanb.maml import Adam, FOMAML, MAML
 from metanb.tasks import Quadratic, Sinusoid
@@ -185,3 +185,18 @@ def test_solver_settings_and_types():
     with pytest.raises(TypeError, match="cg_steps=2.5"): IMAML(tanh_net(), cg_steps=2.5)
     IMAML(tanh_net(), rule=LearnedRate(), gradient=exact)  # learned rates are fine where the path counts
     assert isinstance(IMAML(tanh_net()), Proximal) and IMAML(tanh_net()).gradient is implicit
+
+
+def test_a_penalty_has_its_implicit_gradient():
+    "A ridge on the adapted weights is part of what is differentiated: implicit and exact gradients of the sum agree."
+    ridge = lambda learner, task, params: 0.3 * dot(params, params)
+    learners = [IMAML(tanh_net(), lr=0.1, steps=300, lam=2.0, cg_steps=40, penalty=ridge, **axes) for axes in ({}, dict(gradient=exact))]
+    assert_close(*(meta_grads(learner, sines(2)) for learner in learners), rtol=1e-5, atol=1e-7)
+
+
+def test_newtons_loop_serves_any_learner():
+    "NewtonCG under MAML, without the proximal term: least squares is solved in one step."
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, dtype=F64), torch.randn(6, 1, dtype=F64)
+    learner = MAML(nn.Linear(3, 1, bias=False).double(), steps=1, rule=NewtonCG(cg_steps=3))
+    assert_close(learner.adapt(x, y)["weight"].T, torch.linalg.lstsq(x, y).solution)

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as rates
 
-from metanb.core import SGD, Learner, MetaLearner, Task, mean
+from metanb.core import SGD, Learner, MetaLearner, Task, first_order, mean
+from metanb.maml import MAML
+from metanb.models import MLP
 from metanb.tasks import Sinusoid
 from metanb.train import SEAL, LogFile, TensorBoard, derive, evaluate, fit, load_checkpoint, load_learner, save_checkpoint
 
@@ -497,3 +499,35 @@ def test_on_a_gpu_with_a_sampler_on_the_cpu(tmp_path, compile):
     assert fit(other, SINES, 20, 5, checkpoint=tmp_path / "c")["loss"] == history["loss"] and same(learner, other)
     assert evaluate(learner, SINES, 10).values.is_cuda
     assert load_learner(new(seed=2), tmp_path / "c")(Task(*(t[0] for t in SINES.sample(1)))).isfinite()
+
+
+class Stateful:
+    "A sampler, combiner and callback in one; what it does depends on how many meta-steps it has seen."
+    def __init__(self): self.n = 0
+    def sample(self, tasks, **which): return SINES.sample(tasks, **{**which, "seed": self.n % 5})
+    def __call__(self, grads): return {n: g.mean(0) * (1 + self.n) for n, g in grads.items()}
+    def step(self, run): self.n += 1
+    def state_dict(self): return {"n": self.n}
+    def load_state_dict(self, state): self.n = state["n"]
+
+
+def test_parts_with_a_state_resume(tmp_path):
+    "A sampler, combiner or callback that has a state continues from the checkpoint, each saved once."
+    def run(steps, path=None):
+        torch.manual_seed(0)
+        learner, own = MAML(MLP(1, 8, 1)), Stateful()
+        fit(learner, own, steps, 3, torch.optim.SGD(learner.parameters(), 1e-3), combine=own, callbacks=[own], checkpoint=path)
+        return own.n, torch.cat([p.flatten() for p in learner.parameters()])
+
+    run(3, tmp_path / "c")
+    assert len(load_checkpoint(tmp_path / "c")["others"]) == 1
+    resumed, straight = run(7, tmp_path / "c"), run(7)
+    assert resumed[0] == straight[0] == 7 and torch.equal(resumed[1], straight[1])
+
+
+def test_another_axis_is_another_run(tmp_path):
+    "A checkpoint remembers the functions chosen on the axes."
+    run = lambda **axes: fit(MAML(MLP(1, 8, 1), **axes), SINES, 1, 2, checkpoint=tmp_path / "c")
+    run()
+    with pytest.raises(ValueError, match="learner.gradient was exact, now first_order"): run(gradient=first_order)
+    with pytest.raises(ValueError, match="learner.penalty was none, now <lambda>"): run(penalty=lambda learner, task, params: 0.0)
