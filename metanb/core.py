@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'Point', 'select',
-           'SGD', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean', 'Learner', 'check_model',
-           'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads', 'scale', 'provenance']
+           'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean', 'Learner',
+           'check_model', 'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads', 'scale', 'provenance']
 
 # %% ../nbs/00_core.ipynb #a51a57c3
 import copy, os, platform, warnings
@@ -126,7 +126,22 @@ class SGD(nn.Module):
 
     def extra_repr(self) -> str: return f"lr={self.lr}"
 
-# %% ../nbs/00_core.ipynb #8827d4f8
+# %% ../nbs/00_core.ipynb #cab1edf7
+def inner_step(
+    loss: Callable[[Params, int], Tensor],  # the support loss as a function of all weights and of the step
+    params: Params,  # θ_k
+    state: tuple,  # the rule's
+    rule: nn.Module,  # see `SGD`
+    step: int,  # k
+    names: tuple[str, ...],  # the weights that move
+    first_order: bool = False,  # treat the gradient as a constant
+) -> tuple[Params, tuple]:  # θ_{k+1} and the rule's new state
+    "One update along the gradient of `loss`."
+    at = detach(params) if first_order else params
+    grads = grad(lambda moving: loss({**at, **moving}, step))({n: at[n] for n in names})
+    moved, state = rule({n: params[n] for n in names}, grads, state, step)
+    return {**params, **moved}, state
+
 def inner_loop(
     loss: Callable[[Params, int], Tensor],  # the support loss as a function of all weights and of the step 0…S−1
     params: Params,  # θ₀
@@ -140,10 +155,7 @@ def inner_loop(
     names = tuple(params) if names is None else names
     state = rule.init({n: params[n] for n in names})
     for step in range(steps):
-        at = detach(params) if first_order else params
-        grads = grad(lambda moving: loss({**at, **moving}, step))({n: at[n] for n in names})
-        moved, state = rule({n: params[n] for n in names}, grads, state, step)
-        params = {**params, **moved}
+        params, state = inner_step(loss, params, state, rule, step, names, first_order)
         yield params
 
 # %% ../nbs/00_core.ipynb #479c7e7d
