@@ -22,6 +22,7 @@ if not IN_WORKER:  # workers inherit these: caches go to a folder of this run, n
     os.environ |= {"METANB_CACHE": f"{SCRATCH}/metanb", "XDG_CACHE_HOME": f"{SCRATCH}/cache", "MPLCONFIGDIR": f"{SCRATCH}/matplotlib",
                    "IPYTHONDIR": f"{SCRATCH}/ipython", "MPLBACKEND": "agg"}
 os.environ.setdefault("METANB_SCALE", "smoke")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it so
 # Read by torch when it is first imported, which is after this file: workers that share cores must not each start a thread for every core.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
 
