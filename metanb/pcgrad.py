@@ -6,13 +6,14 @@
 __all__ = ['check_grads', 'flatten', 'unflatten', 'cosines', 'conflict', 'conflicting', 'orders', 'project', 'pcgrad',
            'meta_pcgrad', 'WatchConflict']
 
-# %% ../nbs/13_pcgrad.ipynb #01ca0e04
+# %% ../nbs/13_pcgrad.ipynb #1a0532b4
 import math
 from typing import Callable
 import torch
 from torch import Tensor
 from .core import Params, add, mean
 from .tasks import choose, task_keys
+from .train import label
 
 # %% ../nbs/13_pcgrad.ipynb #2d6fda4d
 def check_grads(
@@ -110,13 +111,13 @@ def meta_pcgrad(
         raise ValueError(f"groups={groups!r}: {T} tasks divide into {', '.join(str(d) for d in range(1, T + 1) if T % d == 0)} equal groups")
     return pcgrad({n: g.unflatten(0, (groups, -1)).mean(1) for n, g in grads.items()}, seed)
 
-# %% ../nbs/13_pcgrad.ipynb #4fbe2531
+# %% ../nbs/13_pcgrad.ipynb #2f19c1cd
 class WatchConflict:
     "A combiner that hands the gradients on to another one and keeps their cosines, one [T, T] matrix in `every` calls."
     def __init__(self, combine: Callable[[Params], Params] = mean, every: int = 1):
         if every < 1: raise ValueError(f"every={every}: keep one matrix in so many calls, 1 or more")
         self.combine, self.every, self.calls, self.cosines = combine, every, 0, []
-        self.__name__ = getattr(combine, "__name__", type(combine).__name__)  # what a checkpoint calls the run's combiner
+        self.__name__ = label(combine)  # what a checkpoint calls the run's combiner
 
     def __call__(self, grads: Params) -> Params:
         if self.calls % self.every == 0: self.cosines.append(conflict(grads))

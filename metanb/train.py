@@ -6,10 +6,10 @@
 __all__ = ['SEAL', 'derive', 'reseed', 'own_randomness', 'check_parts', 'placed', 'draw', 'accuracy', 'choose_metric',
            'larger_is_better', 'norm_mode', 'Result', 'evaluating', 'tasks_at_once', 'curves', 'evaluate', 'History',
            'cell', 'table', 'html_table', 'moving_average', 'plot_history', 'LogFile', 'save_history',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback', 'tell', 'settings', 'stateful', 'identity',
-           'snapshot', 'check_resume', 'restore', 'load_learner', 'Validate', 'Checkpoint', 'watched', 'Progress',
-           'TensorBoard', 'interruptible', 'running', 'check_optimizer', 'check_choices', 'check_combined', 'pays',
-           'adam', 'explain', 'update', 'watchers', 'fit']
+           'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback', 'tell', 'settings', 'label', 'stateful',
+           'identity', 'snapshot', 'check_resume', 'restore', 'load_learner', 'Validate', 'Checkpoint', 'watched',
+           'Progress', 'TensorBoard', 'interruptible', 'running', 'check_optimizer', 'check_choices', 'check_combined',
+           'pays', 'adam', 'explain', 'update', 'watchers', 'fit']
 
 # %% ../nbs/04_train.ipynb #e225c957
 import contextlib, csv, hashlib, html, io, json, math, os, signal, sys, threading, time
@@ -334,12 +334,18 @@ def tell(event: str, run: Run) -> None:
     for c in run.callbacks:
         if hasattr(c, event): getattr(c, event)(run)
 
-# %% ../nbs/04_train.ipynb #331db4b5
+# %% ../nbs/04_train.ipynb #11f6c8c0
 def settings(owner) -> dict[str, str]:
     "Its plain attributes, such as a number of steps or a rate; not where it is, in which mode, or what changes as its state."
     changing = {"device", "training", *(owner.state_dict() if hasattr(owner, "load_state_dict") else ())}
     plain = lambda n, v: n[0] != "_" and n not in changing and isinstance(v, int | float | str | tuple)
     return {f"{type(owner).__name__}.{n}": repr(v) for n, v in vars(owner).items() if plain(n, v)}
+
+def label(f) -> str:
+    "A function or an object in a word, a partial with its plain arguments."
+    if f is None: return "none"
+    if not isinstance(f, partial): return getattr(f, "__name__", type(f).__name__)
+    return f"{label(f.func)}{[v for v in (*f.args, *f.keywords.values()) if isinstance(v, int | float | str)]}"
 
 def stateful(run: Run) -> list:
     "The parts beside learner, optimizer and scheduler that have a state of their own, each once."
@@ -349,13 +355,10 @@ def stateful(run: Run) -> list:
 
 def identity(run: Run) -> dict[str, str]:
     "What two runs must share for one to continue the other, in words."
-    plain_values = lambda f: [v for v in (*f.args, *f.keywords.values()) if isinstance(v, int | float | str)]
-    name = lambda f: (f"{name(f.func)}{plain_values(f)}" if isinstance(f, partial) else "none" if f is None
-                      else getattr(f, "__name__", type(f).__name__))
     parts = [run.learner, run.sampler, *(m for n, m in run.learner.named_children() if n != "model")]
     weights = {f"weight {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in run.learner.state_dict().items()}
-    named = {n: name(getattr(run, n)) for n in ("learner", "sampler", "opt", "scheduler", "combine")}
-    axes = {f"learner.{n}": name(getattr(run.learner, n)) for n in ("objective", "penalty", "gradient", "loss") if hasattr(run.learner, n)}
+    named = {n: label(getattr(run, n)) for n in ("learner", "sampler", "opt", "scheduler", "combine")}
+    axes = {f"learner.{n}": label(getattr(run.learner, n)) for n in ("objective", "penalty", "gradient", "loss") if hasattr(run.learner, n)}
     plain = {k: v for part in parts for k, v in settings(part).items()}
     named["parts with a state"] = ", ".join(type(p).__name__ for p in stateful(run)) or "none"
     return {**named, **axes, "tasks": str(run.tasks), "seed": str(run.seed), **plain, **weights}
