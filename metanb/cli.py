@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BASIC', 'SCALES', 'GLYPHS', 'COLOUR', 'PROBLEMS', 'BUILT_IN', 'FORMAT', 'STYLES', 'OTHERS', 'WHOLE',
-           'WHOLE_ROW', 'LEARNER', 'Refused', 'choosing', 'entry', 'Method', 'constructor', 'Trial', 'Problem',
+           'WHOLE_ROW', 'LEARNER', 'Refused', 'choosing', 'entry', 'Method', 'imported', 'piece', 'Trial', 'Problem',
            'sine_tasks', 'sine_net', 'image_classes', 'image_tasks', 'strided_net', 'image_net', 'problem_of',
-           'sampler', 'view', 'settings', 'build', 'number', 'adapt_ms', 'meta_steps', 'fit_trial', 'example',
-           'run_trial', 'start_worker', 'work', 'prepare', 'Inline', 'workers', 'outcomes', 'over_seeds', 'score',
-           'best', 'show_score', 'block', 'caption', 'note', 'text_table', 'html_table', 'style_of', 'plot_steps',
-           'plain_log', 'plot_example', 'plot_results', 'Results', 'result_files', 'load_results', 'fault', 'versions',
-           'device_name', 'default_device', 'check_device', 'check_scale', 'describe', 'announce', 'watch',
-           'run_trials', 'compare', 'record_path', 'write_record', 'read_record', 'resumed', 'fresh', 'validation_line',
-           'train', 'evaluate', 'check_fit', 'check_out', 'command_compare', 'command_train', 'command_evaluate',
-           'command_list', 'command_fetch', 'command_check', 'Parser', 'whole', 'names', 'Join', 'add_tasks',
-           'add_compare', 'add_train', 'add_evaluate', 'add_data', 'parser', 'main']
+           'sampler', 'view', 'settings', 'build', 'number', 'adapt_ms', 'meta_steps', 'pretrain', 'fit_trial',
+           'example', 'run_trial', 'start_worker', 'work', 'prepare', 'Inline', 'workers', 'outcomes', 'over_seeds',
+           'score', 'best', 'show_score', 'block', 'caption', 'note', 'text_table', 'html_table', 'style_of',
+           'plot_steps', 'plain_log', 'plot_example', 'plot_results', 'Results', 'result_files', 'load_results',
+           'fault', 'versions', 'device_name', 'default_device', 'check_device', 'check_scale', 'describe', 'announce',
+           'watch', 'run_trials', 'applicable', 'compare', 'record_path', 'write_record', 'read_record', 'resumed',
+           'fresh', 'validation_line', 'train', 'evaluate', 'check_fit', 'check_out', 'command_compare',
+           'command_train', 'command_evaluate', 'command_list', 'command_fetch', 'command_check', 'Parser', 'whole',
+           'names', 'Join', 'add_tasks', 'add_compare', 'add_train', 'add_evaluate', 'add_data', 'parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #4ce34c87
 import argparse, contextlib, difflib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
@@ -48,18 +48,19 @@ def entry(
     near = difflib.get_close_matches(plain(name), found, 1, cutoff=0.5)
     raise Refused(f"no {kind} is called {name!r}; there are {', '.join(table)}" + (f" (did you mean {near[0]}?)" if near else ""))
 
-# %% ../nbs/40_cli.ipynb #f8bb34e5
+# %% ../nbs/40_cli.ipynb #225776c1
 class Method(NamedTuple):
     "A row of the table of methods."
     name: str  # what a user types
     title: str  # what is printed
     make: str  # "module:constructor" in this package, imported when it is used
-    regression: dict | None  # inner settings for regression; None where it does not apply
+    regression: dict | None  # settings for regression; None where it does not apply
     classification: dict | None  # for classification
-    trains_on: str = "tasks"  # "tasks": support and query; "support": all examples as support; "classes": base classes, for classification
+    trains_on: str = "tasks"  # "tasks": support and query; "support": all examples as support; "classes": base classes, for classification; "nothing"
+    after: str | None = None  # the method that trains its first weights, for as many steps
 
 METHODS = {m.name: m for m in (
-    Method("fromscratch", "From scratch", "baselines:FromScratch", dict(lr=0.003, steps=10), dict(lr=0.3, steps=10)),
+    Method("fromscratch", "From scratch", "baselines:FromScratch", dict(lr=0.003, steps=10), dict(lr=0.3, steps=10), "nothing"),
     Method("pretrained", "Pretrained", "baselines:Pretrained", dict(lr=0.01, steps=10), dict(lr=0.1, steps=10), "classes"),
     Method("reptile", "Reptile", "maml:Reptile", dict(lr=0.015, steps=3), dict(lr=0.1, steps=6, batch=10), "support"),
     Method("fomaml", "FOMAML", "maml:FOMAML", dict(lr=0.01, steps=1), dict(lr=0.2, steps=3)),
@@ -68,13 +69,30 @@ METHODS = {m.name: m for m in (
     Method("boil", "BOIL", "maml:BOIL", dict(lr=0.01, steps=1), dict(lr=0.4, steps=1)),
     Method("metasgd", "Meta-SGD", "meta_sgd:MetaSGD", dict(lr=0.01, steps=1), dict(lr=0.4, steps=1)),
     Method("lslr", "LSLR", "meta_sgd:LSLR", dict(lr=0.01, steps=1), dict(lr=0.4, steps=1)),
+    Method("madam", "MADAM", "meta_sgd:MADAM", dict(lr=0.01, steps=1), dict(lr=0.01, steps=3)),
+    Method("imaml", "iMAML", "imaml:IMAML", dict(lr=0.01, steps=10, lam=1.0), dict(lr=0.1, steps=16, lam=2.0)),
+    Method("maml-meta-pcgrad", "MAML meta-PCGrad", "maml:MAML", dict(lr=0.01, steps=1, combine=("pcgrad:meta_pcgrad", dict(groups=5))),
+           dict(lr=0.4, steps=1, combine=("pcgrad:meta_pcgrad", dict(groups=2)))),
+    Method("maml-hessian", "MAML Hessian", "maml:MAML", dict(lr=0.01, steps=1, penalty=("memorize:hessian_penalty", dict(coefficient=1e-5))),
+           dict(lr=0.4, steps=1, penalty=("memorize:hessian_penalty", dict(coefficient=1e-5)))),
+    Method("mtl", "MTL", "mtl:MTL", None, dict(lr=0.1, steps=10), after="pretrained"),
+    Method("nearest-pixels", "Nearest pixels", "baselines:NearestNeighbour", None, dict(model=None), "nothing"),
+    Method("siamese", "Siamese", "baselines:Siamese", None, dict(layer="body")),
+    Method("matchingnet", "MatchingNet", "baselines:MatchingNet", None, dict(layer="body")),
+    Method("protonet", "ProtoNet", "baselines:ProtoNet", None, dict(layer="body")),
+    Method("incontext", "InContext", "baselines:InContext", {}, {}),
 )}
 BASIC = "fromscratch", "pretrained", "reptile", "fomaml", "maml"  # what `compare` runs unless told otherwise
 
-def constructor(method: Method) -> Callable:
-    "Imports what makes the method's learner."
-    module, name = method.make.split(":")
+def imported(name: str) -> Callable:
+    "What 'module:name' means in this package."
+    module, name = name.split(":")
     return getattr(importlib.import_module(f"metanb.{module}"), name)
+
+def piece(value):
+    "A setting of the form ('module:name', {…}) as that function with these arguments; any other as it is."
+    named = isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str)
+    return partial(imported(value[0]), **value[1]) if named else value
 
 # %% ../nbs/40_cli.ipynb #e21710fd
 SCALES = "smoke", "quick", "full"
@@ -193,9 +211,9 @@ def view(trial: Trial):
     if method.trains_on == "classes" and problem_of(trial.tasks).kind == "classification": return replace(train, labels="global")
     return train
 
-# %% ../nbs/40_cli.ipynb #382281d4
+# %% ../nbs/40_cli.ipynb #3f4c232c
 def settings(trial: Trial) -> dict:
-    "The inner settings of the trial's method for its kind of problem."
+    "The settings of the trial's method for its kind of problem."
     method, kind = entry("method", trial.method, METHODS), problem_of(trial.tasks).kind
     inner = getattr(method, kind)
     if inner is None: raise Refused(f"{method.title} is no method for {kind}: leave it out for {trial.tasks}")
@@ -205,18 +223,19 @@ def settings(trial: Trial) -> dict:
 def build(trial: Trial, inner: dict | None = None):
     "A new learner on the trial's device; `inner` settings as they were stored, or None for today's."
     import torch
-    problem, make = problem_of(trial.tasks), constructor(entry("method", trial.method, METHODS))
+    problem, make = problem_of(trial.tasks), imported(entry("method", trial.method, METHODS).make)
     loss = torch.nn.functional.mse_loss if problem.kind == "regression" else torch.nn.functional.cross_entropy
     with choosing(f"{trial.method} on {problem.name}: "), torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
-        return make(problem.network(problem, trial), loss=loss, **(settings(trial) if inner is None else inner)).to(trial.device)
+        own = {n: piece(v) for n, v in (settings(trial) if inner is None else inner).items() if n != "combine"}
+        return make(**{"model": problem.network(problem, trial), "loss": loss, **own}).to(trial.device)
 
 # %% ../nbs/40_cli.ipynb #523e2fa9
 def number(x) -> float | None:
     "A Python number of five significant digits; None for what is not finite, which JSON can't write."
     return float(f"{float(x):.5g}") if math.isfinite(x) else None
 
-# %% ../nbs/40_cli.ipynb #c97695d3
+# %% ../nbs/40_cli.ipynb #9fc44ca5
 def adapt_ms(learner, task, steps: int) -> float:
     "Median time in ms to adapt to one task, from seven runs."
     import torch
@@ -230,15 +249,25 @@ def adapt_ms(learner, task, steps: int) -> float:
 
 def meta_steps(trial: Trial) -> int:
     "How many meta-steps a trial takes."
-    if entry("method", trial.method, METHODS).name == "fromscratch": return 0
+    if entry("method", trial.method, METHODS).trains_on == "nothing": return 0
     return trial.at_scale(problem_of(trial.tasks).steps) if trial.steps is None else trial.steps
+
+def pretrain(trial: Trial, learner, **options) -> None:
+    "Trains the method that the trial's comes after, and gives the learner its network."
+    first = build(trial)
+    fit_trial(trial, first, **options)
+    learner.init.model.load_state_dict(first.init.model.state_dict())
 
 def fit_trial(trial: Trial, learner, **options):
     "Trains a trial's learner as its problem says; the history."
     import torch
     from metanb.train import fit
-    problem, params = problem_of(trial.tasks), [p for p in learner.parameters() if p.requires_grad]
+    problem, method, kept = problem_of(trial.tasks), entry("method", trial.method, METHODS), options.get("checkpoint")
+    if method.after and not (kept and Path(kept).exists()):
+        pretrain(trial._replace(method=method.after), learner, **{n: options[n] for n in ("compile", "nonfinite", "progress") if n in options})
+    params, own = [p for p in learner.parameters() if p.requires_grad], settings(trial)
     opt = torch.optim.Adam(params, trial.at_scale(problem.rate)) if params else None
+    if "combine" in own: options["combine"] = piece(own["combine"])
     return fit(learner, view(trial), steps=meta_steps(trial), tasks=trial.at_scale(problem.tasks), opt=opt, seed=trial.seed, **options)
 
 # %% ../nbs/40_cli.ipynb #31b935d6
@@ -416,15 +445,16 @@ def html_table(data: dict) -> str:
         out += line("th", titles) + "".join(line("td", r) for r in body)
     return out + "</table><small>" + html.escape(note(data)).replace("\n", "<br>").replace("* best", "bold: best") + "</small>"
 
-# %% ../nbs/40_cli.ipynb #8e95849b
+# %% ../nbs/40_cli.ipynb #7af802a1
 STYLES = dict(fromscratch=("#767676", "s"), pretrained=("#E69F00", "D"), reptile=("#56B4E9", "^"), fomaml=("#009E73", "v"), maml=("#D55E00", "o"))
 OTHERS = [("#0072B2", "P"), ("#CC79A7", "X"), ("#000000", "*"), ("#B8A800", "p"), ("#8C564B", "h")]
 
 def style_of(method: str, methods: list[str]) -> dict:
     "Colour and marker of a method, the same wherever it is drawn."
     others = [m for m in methods if m not in STYLES]
-    colour, marker = STYLES.get(method) or OTHERS[others.index(method) % len(OTHERS)]
-    return dict(color=colour, marker=marker)
+    turn, place = (0, None) if method in STYLES else divmod(others.index(method), len(OTHERS))
+    colour, marker = STYLES[method] if place is None else OTHERS[place]
+    return dict(color=colour, marker=marker, ls=("-", "--", ":", "-.")[turn % 4])
 
 # %% ../nbs/40_cli.ipynb #45a5c0cc
 def plot_steps(ax, problem: dict, rows: list[dict], styles: dict) -> None:
@@ -468,14 +498,14 @@ def plot_example(ax, rows: list[dict], styles: dict) -> None:
     ax.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
     ax.legend(fontsize=6.5, frameon=False, loc="upper center", ncols=2, columnspacing=1, handlelength=1.6, borderaxespad=0)
 
-# %% ../nbs/40_cli.ipynb #bba33ab3
+# %% ../nbs/40_cli.ipynb #3c9ce6b1
 def plot_results(results, figure=None):
     "Draws results, or their JSON; the matplotlib figure."
     data = getattr(results, "data", results)
     methods = list(dict.fromkeys(r["method"] for r in data["rows"]))
-    styles, panels = {m: style_of(m, methods) for m in methods}, []
+    styles, panels, tested = {m: style_of(m, methods) for m in methods}, [], {(r["tasks"], r["method"]) for r in data["rows"]}
     for name, problem in data["problems"].items():
-        rows = [over_seeds([r for r in data["rows"] if (r["tasks"], r["method"]) == (name, m)]) for m in methods]
+        rows = [over_seeds([r for r in data["rows"] if (r["tasks"], r["method"]) == (name, m)]) for m in methods if (name, m) in tested]
         if "example" in rows[-1]: panels.append((1.0, partial(plot_example, rows=rows, styles=styles)))
         panels.append((1.0, partial(plot_steps, problem=problem, rows=rows, styles=styles)))
     if figure is None:
@@ -485,9 +515,9 @@ def plot_results(results, figure=None):
     for ax, (_, draw) in zip(axes, panels):
         draw(ax)
         ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=8)
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), loc="upper center", frameon=False, fontsize=9, columnspacing=1.4, handletextpad=0.5)
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    keys = {title: line for ax, (_, draw) in zip(axes, panels) if draw.func is plot_steps for line, title in zip(*ax.get_legend_handles_labels())}
+    figure.legend(keys.values(), keys, ncols=min(7, len(keys)), loc="upper center", frameon=False, fontsize=9, columnspacing=1.4, handletextpad=0.5)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.06 * -(-len(keys) // 7) - 0.02))
     return figure
 
 # %% ../nbs/40_cli.ipynb #71f70bac
@@ -608,7 +638,19 @@ def run_trials(trials: dict[Trial, tuple], processes: int, progress: bool) -> li
     finally: bar.close()
     return [rows[t.tasks, t.method, t.seed] for t in order]
 
-# %% ../nbs/40_cli.ipynb #645be509
+# %% ../nbs/40_cli.ipynb #1868201b
+def applicable(trials: list[Trial], progress: bool = False) -> list[Trial]:
+    "The trials whose method is one for their kind of problem; a method or a problem that would be left with none is refused."
+    fits = [t for t in trials if getattr(METHODS[t.method], problem_of(t.tasks).kind) is not None]
+    for field in ("method", "tasks"):
+        for name in dict.fromkeys(getattr(t, field) for t in trials):
+            mine = [t for t in trials if getattr(t, field) == name]
+            if not any(t in fits for t in mine): settings(mine[0])  # says what is wrong
+    left = ", ".join(dict.fromkeys(f"{METHODS[t.method].title} on {t.tasks}" for t in trials if t not in fits))
+    if left and progress: print(f"left out, for it does not apply: {left}", file=sys.stderr)
+    return fits
+
+# %% ../nbs/40_cli.ipynb #037e3032
 def compare(
     methods=BASIC,  # names, see `METHODS`
     tasks=BUILT_IN,  # names of problems, see `PROBLEMS`, or folder:PATH
@@ -629,7 +671,7 @@ def compare(
     tasks = list(dict.fromkeys(problem_of(t).name for t in tasks))
     seeds, device = list(dict.fromkeys(seeds)), check_device(device)
     trials = [Trial(m, t, ways, shots, steps, s, scale, device) for s in seeds for t in tasks for m in methods]
-    trials = {t: (test_tasks or t.at_scale(problem_of(t.tasks).test_tasks), test_steps) for t in trials}
+    trials = {t: (test_tasks or t.at_scale(problem_of(t.tasks).test_tasks), test_steps) for t in applicable(trials, progress)}
     processes = 1 if device != "cpu" else min(processes, len(trials))
     rows = run_trials(trials, processes, progress)
     return Results(dict(format=FORMAT, made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), versions=versions(), device=device_name(device),
