@@ -29,7 +29,7 @@ def scale_for(
     shape = weight.shape[: 2 if kernel > 1 else 1]
     return weight.new_ones(*shape, *[1] * (weight.ndim - len(shape)))
 
-# %% ../nbs/15_mtl.ipynb #9fd2d747
+# %% ../nbs/15_mtl.ipynb #77775b34
 NORMS = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm  # layers with an affine map of their own
 
 class ScaleShift(nn.Module):
@@ -42,9 +42,9 @@ class ScaleShift(nn.Module):
         affine: bool = True,  # scale and shift the weights of normalising layers too; False freezes those
     ):
         super().__init__()
-        self.model, self.names, head = set_norm(copy.deepcopy(model), norm), [n for n, _ in model.named_parameters()], free_names(model, free)
+        self.model, self.names = set_norm(copy.deepcopy(model), norm), [n for n, _ in model.named_parameters()]
         fixed = [] if affine else [f"{m}.{n}" for m, layer in model.named_modules() if isinstance(layer, NORMS) for n in layer._parameters]
-        body = {n: p for n, p in freeze(self.model, head).items() if n not in fixed}
+        body = {n: p for n, p in freeze(self.model, free_names(model, free)).items() if n not in fixed}
         self.scale = parameter_tree({n: scale_for(p) for n, p in body.items() if not n.endswith("bias")})
         self.shift = parameter_tree({n: torch.zeros_like(p) for n, p in body.items() if n.endswith("bias")})
 
@@ -160,7 +160,7 @@ class Focused(FewShot):
         images = choose(keys, size, self.shots + self.queries, rows=self.ways, allowed=there, skip=f + n)
         return classes, picked // len(self.classes), images
 
-# %% ../nbs/15_mtl.ipynb #d709fbe5
+# %% ../nbs/15_mtl.ipynb #ae166cb2
 class HardTasks(Sampler):
     "Every so often, tasks of the classes that were worst in recent ones: `fit(learner, hard, callbacks=[hard])`."
     def __init__(
@@ -170,8 +170,10 @@ class HardTasks(Sampler):
         keep: int = 10,  # the classes remembered
         chunk: int | None = None,  # tasks at a time when it looks for the worst class; 1 loops without `vmap`
     ):
-        if not isinstance(sampler, FewShot): raise TypeError(f"sampler: it must know its tasks' classes; give a FewShot, not {type(sampler).__name__}")
-        if sampler.labels != "local": raise ValueError("sampler: hard tasks are for learners that adapt to a task; give FewShot(…, labels='local')")
+        if not isinstance(sampler, FewShot):
+            raise TypeError(f"sampler: it must know its tasks' classes; give a FewShot, not {type(sampler).__name__}")
+        if sampler.labels != "local":
+            raise ValueError("sampler: hard tasks are for learners that adapt to a task; give FewShot(…, labels='local')")
         check_sizes(2, every=every)
         check_sizes(1, keep=keep, chunk=1 if chunk is None else chunk)
         self.sampler, self.every, self.keep, self.chunk, self._told = sampler, every, keep, chunk, False
@@ -206,7 +208,8 @@ class HardTasks(Sampler):
         return (classes + len(self.sampler.images) * turns).gather(-1, least.indices)[least.values < 1]
 
     def start(self, run) -> None:
-        if run.sampler is not self: raise ValueError("HardTasks: as a callback it serves the run whose sampler it is: fit(learner, hard, callbacks=[hard])")
+        if run.sampler is not self:
+            raise ValueError("HardTasks: as a callback it serves the run whose sampler it is: fit(learner, hard, callbacks=[hard])")
         self._told = True
         if run.step == 0: self.pool = torch.full_like(self.pool, -1)
 
@@ -217,7 +220,8 @@ class HardTasks(Sampler):
     def state_dict(self) -> dict: return dict(pool=self.pool)
 
     def load_state_dict(self, state: dict) -> None:
-        if len(state["pool"]) != self.keep: raise ValueError(f"keep={self.keep}: the state's pool has {len(state['pool'])} places; give the same number")
+        if len(state["pool"]) != self.keep:
+            raise ValueError(f"keep={self.keep}: the state's pool has {len(state['pool'])} places; give the same number")
         self.pool = state["pool"].to(self.pool)
 
     def to(self, device) -> "HardTasks":
