@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from metanb.baselines import (EmbeddingLearner, FromScratch, InContext, MatchingNet, NearestNeighbour, Pretrained, ProtoNet, Siamese,
-                              label_columns, squared_distance)
-from metanb.core import Learner, Task, meta_grads
+                              freeze_norm, label_columns, squared_distance)
+from metanb.core import Learner, Task, meta_grads, task_grads
 from metanb.models import MLP, Conv4, NoConv, ResNet12, with_head
 from metanb.pcgrad import pcgrad
 from metanb.tasks import FewShot, Sinusoid
@@ -338,3 +338,26 @@ def test_the_gpu_agrees_with_the_cpu(make):
     assert_close(gpu_losses.cpu(), losses)
     for n, g in grads.items(): assert_close(gpu_grads[n].cpu(), g)
     assert evaluate(NearestNeighbour().cuda(), sampler(), tasks=3).values.is_cuda
+
+
+def test_frozen_statistics_are_averages_over_tasks_and_leave_the_learner_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 5))
+    learner, batch = learner_of(InContext, model), tasks(T=4)
+    before, task = learner.predict(*first(batch)[:3]), first(batch)
+    frozen = freeze_norm(learner, batch)
+    hidden = learner.model[:2](torch.cat([batch.x, batch.xq], 1).flatten(0, 1)).unflatten(0, (4, -1))
+    assert_close(frozen.model[2].running_mean, hidden.mean((0, 1)))
+    assert_close(frozen.model[2].running_var, hidden.var(1).mean(0))
+    assert_close(frozen.train().predict(task.x, task.y, task.xq[:1])[0], frozen.predict(*task[:3])[0, :1])
+    assert torch.equal(learner.predict(*task[:3]), before)
+    assert evaluate(frozen, sampler(), tasks=2).norm == "running" and evaluate(learner, sampler(), tasks=2).norm == "batch"
+    assert_close(freeze_norm(frozen, batch).predict(*task[:3]), frozen.predict(*task[:3]))  # once more changes nothing
+    assert meta_grads(frozen, batch)[1].isfinite().all()
+
+
+def test_traced_gradients_are_the_plain_ones_whatever_the_ways():
+    learner = learner_of(ProtoNet)
+    params = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
+    traced = torch.compile(lambda batch: task_grads(learner, params, batch), backend="aot_eager")  # all of compiling but the code generation
+    for ways in (5, 3): assert_close(traced(tasks(ways=ways)), meta_grads(learner, tasks(ways=ways)))

@@ -38,7 +38,8 @@ def single(batch, i=0): return Task(*(t[i] for t in batch))
 
 
 CURVES = Sinusoid(shots=6, queries=5, dtype=torch.float64).sample(3, seed=2)
-METHODS = dict(MAML=partial(MAML, lr=0.05), FOMAML=partial(FOMAML, lr=0.05), ANIL=partial(ANIL, lr=0.05, steps=2), LSLR=partial(LSLR, lr=0.05, steps=2),
+METHODS = dict(MAML=partial(MAML, lr=0.05), FOMAML=partial(FOMAML, lr=0.05), ANIL=partial(ANIL, lr=0.05, steps=2),
+               LSLR=partial(LSLR, lr=0.05, steps=2),
                MetaSGD=partial(MetaSGD, lr=0.05), MADAM=partial(MADAM, steps=2), IMAML=partial(IMAML, lr=0.05, steps=4))
 
 
@@ -139,13 +140,16 @@ def test_gradient_by_finite_differences(name):
     assert exact == pytest.approx(difference, rel=1e-5) and exact != 0
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6, track_running_stats=False), nn.InstanceNorm1d(6, affine=True), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)],
-                         ids=lambda norm: type(norm).__name__)
+NORMS = [nn.BatchNorm1d(6, track_running_stats=False), nn.InstanceNorm1d(6, affine=True), nn.LayerNorm(6),
+         nn.GroupNorm(2, 6), nn.RMSNorm(6)]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: type(norm).__name__)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_gradient_through_normalising_layers(norm, steps):
     "torch's fused kernels have a wrong third derivative, which is what the penalty needs."
     torch.manual_seed(0)
-    axis = nn.Unflatten(1, (6, 3)) if isinstance(norm, nn.InstanceNorm1d) else nn.Unflatten(1, (3, 6)) if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else nn.Unflatten(1, (6, 3))
+    axis = nn.Unflatten(1, (3, 6) if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) else (6, 3))
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 18), axis, norm, nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)).double()
     learner = MAML(model, lr=0.1, steps=steps, loss=F.cross_entropy, penalty=partial(hessian_penalty, coefficient=0.01))
     tasks = FewShot(images(), ways=3, shots=2, queries=2).sample(2)
@@ -157,8 +161,9 @@ def test_gradient_through_normalising_layers(norm, steps):
 def test_smooth_layers_have_the_same_values():
     x = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for affine in (True, False):
-        for layer in (nn.BatchNorm1d(6, affine=affine, track_running_stats=False), nn.BatchNorm1d(6, affine=affine), nn.BatchNorm1d(6, affine=affine).eval(),
-                      nn.InstanceNorm1d(6, affine=affine), nn.InstanceNorm1d(6, affine=affine, track_running_stats=True).eval(), nn.LayerNorm([6, 5], elementwise_affine=affine),
+        for layer in (nn.BatchNorm1d(6, affine=affine, track_running_stats=False), nn.BatchNorm1d(6, affine=affine),
+                      nn.BatchNorm1d(6, affine=affine).eval(), nn.InstanceNorm1d(6, affine=affine),
+                      nn.InstanceNorm1d(6, affine=affine, track_running_stats=True).eval(), nn.LayerNorm([6, 5], elementwise_affine=affine),
                       nn.LayerNorm(5, elementwise_affine=affine), nn.GroupNorm(3, 6, affine=affine)):
             layer = layer.double()
             for p in layer.parameters(): nn.init.normal_(p)
@@ -264,8 +269,10 @@ def test_drop_and_transfer_have_the_right_sign():
 
 def test_forgetting_with_other_choices():
     seen, tested = [], {n: Sinusoid(shots=3, queries=4) for n in FAMILIES}
-    result = forgetting(curve_learner(), FAMILIES, **SHORT, opt=partial(torch.optim.SGD, lr=1e-3), tests=tested, adapt=3, seed=4, metric="loss",
-                        before=lambda learner, name: seen.append(name), combine=partial(meta_pcgrad, groups=2), chunk=1, callbacks=[lambda run: seen.append(run.step)])
+    result = forgetting(
+        curve_learner(), FAMILIES, **SHORT, opt=partial(torch.optim.SGD, lr=1e-3), tests=tested, adapt=3, seed=4, metric="loss", chunk=1,
+        before=lambda learner, name: seen.append(name), combine=partial(meta_pcgrad, groups=2),
+        callbacks=[lambda run: seen.append(run.step)])
     assert seen == ["sine", *range(1, 7), "line", *range(1, 7), "square", *range(1, 7)]
     assert torch.equal(result.values[0], result.values[1])  # the same test sampler
     frozen = curve_learner().requires_grad_(False)
@@ -290,7 +297,8 @@ def test_forgetting_errors_name_the_argument():
     for name in ("checkpoint", "validation", "scheduler"):
         with pytest.raises(ValueError, match=name): forgetting(curve_learner(), FAMILIES, **{name: "x"})
     for bad in (dict(steps=0), dict(every=0), dict(tasks=0), dict(checks=0)):
-        with pytest.raises(ValueError, match=f"{'tasks' if 'checks' in bad else next(iter(bad))}=0"): forgetting(curve_learner(), FAMILIES, **{**SHORT, **bad})
+        name = "tasks" if "checks" in bad else next(iter(bad))
+        with pytest.raises(ValueError, match=f"{name}=0"): forgetting(curve_learner(), FAMILIES, **{**SHORT, **bad})
     with pytest.raises(TypeError, match="families"): forgetting(curve_learner(), {"a": Sinusoid(), "b": 3}, **SHORT)
 
 
@@ -381,7 +389,8 @@ def test_generator_errors_name_the_argument():
     with pytest.raises(ValueError, match="inputs: say how many numbers"): MAML(net(), init=Generator)
     for bad in (dict(inputs=0), dict(inputs=2, latent=0), dict(inputs=2, width=0)):
         with pytest.raises(ValueError, match=f"{list(bad)[-1]}=0"): Generator(net(), **bad)
-    with pytest.raises(ValueError, match="inputs=5: an example has 2 numbers"): MAML(net(), init=partial(Generator, inputs=5))(single(CURVES))
+    wide = MAML(net(), init=partial(Generator, inputs=5))
+    with pytest.raises(ValueError, match="inputs=5: an example has 2 numbers"): wide(single(CURVES))
     with pytest.raises(ValueError, match="x: a Generator makes"): Generator(net(), inputs=2)()
 
 
