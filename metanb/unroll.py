@@ -7,7 +7,7 @@ __all__ = ['Along', 'Momentum', 'begin', 'read', 'advance', 'Method', 'Flat', 'P
            'Recomputed', 'Truncated', 'StreamLearner', 'loss_curves', 'segment_loss', 'segment_grads', 'FiniteOnly',
            'Trajectories', 'fit_truncated', 'truncated_run', 'peak_memory', 'short_peak', 'choose_segment']
 
-# %% ../nbs/05_unroll.ipynb #93377277
+# %% ../nbs/05_unroll.ipynb #0a162973
 import contextlib, copy, math
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .core import MetaLearner, Params, Task, add, exact, first_order, inner_step, last, mean, task_grads
 from .tasks import check_sizes
-from .train import (History, Run, adam, check_choices, check_combined, check_optimizer, check_parts, derive, draw, evaluating, own_randomness, placed,
-                           reseed, restore, running, settings, tell, update, watchers)
+from .train import (History, Run, adam, check_choices, check_combined, check_optimizer, check_parts, derive, draw, evaluating,
+                          own_randomness, placed, reseed, restore, running, settings, tell, update, watchers)
 
-# %% ../nbs/05_unroll.ipynb #6ed2a29a
+# %% ../nbs/05_unroll.ipynb #a37e7941
 class Along(nn.Module):
     "The losses after `start`, `start` + `every`, … inner steps, reduced to one number."
     def __init__(
@@ -35,11 +35,13 @@ class Along(nn.Module):
         super().__init__()
         check_sizes(every=every); check_sizes(0, start=every if start is None else start)
         if on not in ("query", "support"): raise ValueError(f"on={on!r}: use 'query' or 'support'")
-        if reduce not in ("mean", "sum") and not callable(reduce): raise ValueError(f"reduce={reduce!r}: use 'mean', 'sum' or a function of the losses")
+        if reduce not in ("mean", "sum") and not callable(reduce):
+            raise ValueError(f"reduce={reduce!r}: use 'mean', 'sum' or a function of the losses")
         self.every, self.start, self.on, self.reduce = every, every if start is None else start, on, reduce
 
     def at(self, steps: int) -> list[int]:
-        if steps < self.start: raise ValueError(f"objective: its first reading is at step {self.start}, of steps={steps}; take more steps or start earlier")
+        if steps < self.start:
+            raise ValueError(f"objective: its first reading is at step {self.start}, of steps={steps}; take more steps or start earlier")
         return list(range(self.start, steps + 1, self.every))
 
     def value(self, losses: Tensor) -> Tensor:
@@ -65,11 +67,11 @@ class Momentum(nn.Module):
 
     def extra_repr(self) -> str: return f"lr={self.lr}, beta={self.beta}"
 
-# %% ../nbs/05_unroll.ipynb #df533805
+# %% ../nbs/05_unroll.ipynb #bd433d0b
 def begin(learner: MetaLearner, task: Task) -> tuple[Params, Params, object]:
     "The first weights, those of them that move, and the rule's first state."
     if hasattr(learner.rule, "loop"):
-        raise ValueError(f"rule: {type(learner.rule).__name__} brings a loop of its own, which can't be cut into segments; use gradient=exact")
+        raise ValueError(f"rule: {type(learner.rule).__name__} brings a loop of its own, which has no segments; use gradient=exact")
     start = learner.init(task.x, task.y)
     moving = {n: start[n] for n in learner.names}
     return start, moving, learner.rule.init(moving)
@@ -134,7 +136,7 @@ class Flat:
             if self.device.type == "cuda": torch.cuda.set_rng_state(self.random[1], self.device)
             yield
 
-# %% ../nbs/05_unroll.ipynb #f60ede6c
+# %% ../nbs/05_unroll.ipynb #fc99abc5
 class Pullback:
     "(inputs, adjoint of the outputs) ↦ adjoint of the `wanted` inputs, by running the function again with its graph."
     def __init__(self, function: Callable, wanted: tuple[int, ...], arity: int):
@@ -176,7 +178,7 @@ def recompute(
     "Calls a module and keeps no graph; the backward pass calls it again. Under `vmap`, `grad` and plain autograd."
     tensors, spec = tree_flatten((dict(module.named_parameters()), inputs))
     wrong = next((t for t in tensors if not isinstance(t, Tensor)), None)
-    if wrong is not None: raise TypeError(f"inputs: {wrong!r} is no tensor; what a rule keeps as its state must be tensors, give numbers as torch.tensor(…)")
+    if wrong is not None: raise TypeError(f"inputs: {wrong!r} is no tensor; a rule's state is made of tensors: torch.tensor({wrong!r})")
     function = Flat(module, spec, tensors[0].device)
     return tree_unflatten(Recompute.apply(function, *tensors), function.out)
 
@@ -264,13 +266,13 @@ def loss_curves(
         if chunk == 1: return torch.stack([one(Task(*t)) for t in zip(*tasks)])
         return vmap(one, randomness="different", chunk_size=chunk)(tasks)
 
-# %% ../nbs/05_unroll.ipynb #ca6dac96
+# %% ../nbs/05_unroll.ipynb #e87df157
 def segment_loss(learner: MetaLearner, task: Task, carry: tuple, first: int, last: int, first_order: bool = False) -> tuple[Tensor, tuple]:
     "The outer loss on the readings of one segment, and what the next one begins with: (θ₀, moving weights, rule's state)."
     start, moving, state = carry or begin(learner, task)
     moving, state, losses = advance(learner, task, start, moving, state, first, last, first_order)
     if not len(losses):
-        raise ValueError(f"objective: it reads no loss after steps {first + 1} to {last}, so they have no meta-gradient; read more often, as Along() does")
+        raise ValueError(f"objective: it reads no loss after steps {first + 1} to {last}; read more often, as Along() does")
     return learner.outer_loss(task, losses, {**start, **moving}), tree_map(torch.detach, (start, moving, state))
 
 def segment_grads(
@@ -309,10 +311,11 @@ class FiniteOnly:
     def state_dict(self) -> dict: return {"skipped": self.skipped}
     def load_state_dict(self, state: dict) -> None: self.skipped = state["skipped"]
 
-# %% ../nbs/05_unroll.ipynb #c31bb1c1
+# %% ../nbs/05_unroll.ipynb #be249db8
 class Trajectories:
     "A batch of inner loops on their way: each call takes them a segment further and gives its meta-gradients."
-    def __init__(self, learner: MetaLearner, sampler, unroll: int | Callable[[int], int], first_order: bool, tasks: int, seed: int, chunk: int | None):
+    def __init__(self, learner: MetaLearner, sampler, unroll: int | Callable[[int], int],
+                 first_order: bool = False, tasks: int = 25, seed: int = 0, chunk: int | None = None):
         self.learner, self.sampler, self.unroll, self.first_order = learner, sampler, unroll, first_order
         self.tasks, self.seed, self._chunk, self.source = tasks, seed, chunk, str(settings(sampler))
         self.number, self.first, self.carry, self._batch = 0, 0, (), None  # which trajectory, at which step
@@ -326,7 +329,8 @@ class Trajectories:
         n = self.unroll(step) if callable(self.unroll) else self.unroll
         check_sizes(unroll=n)
         last = min(self.first + n, self.learner.steps)
-        grads, losses, self.carry = segment_grads(self.learner, meta_params, self._batch, self.carry, self.first, last, self.first_order, self._chunk)
+        where = self.carry, self.first, last, self.first_order, self._chunk
+        grads, losses, self.carry = segment_grads(self.learner, meta_params, self._batch, *where)
         self.first, finite = last, losses[losses.isfinite()]
         if last == self.learner.steps or not len(finite): self.number, self.first, self.carry, self._batch = self.number + 1, 0, (), None
         return grads, finite if len(finite) else losses
@@ -386,7 +390,7 @@ def truncated_run(learner, sampler, steps, unroll, tasks, opt, seed, combine, sc
     paths = Trajectories(learner, sampler, unroll, first, tasks, seed, chunk)
     return Run(learner, paths, adam(params.values()) if opt is None else opt, scheduler, steps, tasks, seed, combine, params, History())
 
-# %% ../nbs/05_unroll.ipynb #f4880f2a
+# %% ../nbs/05_unroll.ipynb #7af350d2
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
     "The most bytes of live tensors that a call allocates at one time."
     if torch.device(device).type == "cuda":
@@ -417,10 +421,10 @@ def choose_segment(
     steps, at_once = learner.steps, min(chunk or len(tasks.x), len(tasks.x))
     two, four = (short_peak(learner, tasks, k, chunk) for k in (2, 4))
     graph, carried = max(1, (four - two) / 2), tree_flatten(begin(learner, Task(*(t[0] for t in tasks)))[1:])[0]
-    carried = at_once * sum(t.numel() * t.element_size() for t in carried)
+    carried = 2 * at_once * sum(t.numel() * t.element_size() for t in carried)  # twice: the backward pass keeps their adjoints
     best = min(max(1, round((steps * carried / graph) ** 0.5)), max(1, steps))
     need = lambda n: two + (n - 2) * graph + (steps / n * carried if n < steps else 0)
     if memory is None: return best
     if need(steps) <= memory: return steps
     if need(best) <= memory: return best
-    raise ValueError(f"memory={memory:.3g}: segments of {best} steps need about {need(best):.3g} bytes; take fewer tasks at a time (chunk=), or Truncated")
+    raise ValueError(f"memory={memory:.3g}: segments of {best} steps need {need(best):.3g} bytes; take fewer tasks at a time (chunk=)")

@@ -116,7 +116,7 @@ def test_bad_nets_and_heads_are_named(bad, words):
 @pytest.mark.parametrize("axes", [
     {}, {"gradient": first_order}, {"objective": MultiStep(3)}, {"rule": partial(LearnedAdam, lr=0.05, eps=1e-3)},
     {"rule": partial(LayerStepRates, steps=3)},
-    {"rule": partial(WeightRates, lr=0.1)}, {"init": Point}, {"batch": 3}, {"adapt": None}, {"adapt": "body"}], ids=str)
+    {"rule": partial(WeightRates, lr=0.1)}, {"init": Point}, {"batch": 3}, {"adapt": None}, {"adapt": "body"}], ids=lambda axes: "-".join(axes) or "plain")
 def test_features_once_is_the_same_learner(axes):
     options = {"init": ScaleShift, "adapt": "head", "rule": SGD(0.1), "steps": 3, "loss": F.cross_entropy, **axes}
     model, tasks = conv(dtype=torch.float64), pictures(dtype=torch.float64).sample(2)
