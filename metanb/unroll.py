@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Along', 'Momentum', 'begin', 'read', 'advance', 'Method', 'Flat', 'Pullback', 'Recompute', 'recompute', 'unrolled',
-           'Recomputed', 'Truncated', 'StreamLearner', 'loss_curves', 'segment_loss', 'segment_grads', 'FiniteOnly',
-           'Trajectories', 'fit_truncated', 'truncated_run', 'peak_memory', 'short_peak', 'choose_segment']
+           'Recomputed', 'Truncated', 'StreamLearner', 'loss_curves', 'RandomStart', 'segment_loss', 'segment_grads',
+           'FiniteOnly', 'Trajectories', 'fit_truncated', 'truncated_run', 'peak_memory', 'short_peak',
+           'choose_segment']
 
-# %% ../nbs/05_unroll.ipynb #0a162973
+# %% ../nbs/05_unroll.ipynb #9097f99a
 import contextlib, copy, math
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .core import MetaLearner, Params, Task, add, exact, first_order, inner_step, last, mean, task_grads
+from .core import MetaLearner, Params, Task, add, exact, first_order, inner_step, last, mean, select, task_grads
 from .tasks import check_sizes
 from .train import (History, Run, adam, check_choices, check_combined, check_optimizer, check_parts, derive, draw, evaluating,
                           own_randomness, placed, reseed, restore, running, settings, tell, update, watchers)
@@ -265,6 +266,29 @@ def loss_curves(
     with evaluating(learner):
         if chunk == 1: return torch.stack([one(Task(*t)) for t in zip(*tasks)])
         return vmap(one, randomness="different", chunk_size=chunk)(tasks)
+
+# %% ../nbs/05_unroll.ipynb #468dbbaf
+class RandomStart(nn.Module):
+    "First weights drawn anew at each call, every tensor normal with the model's own mean and standard deviation."
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "batch",  # as every init takes; drawn weights have no running averages, so it changes nothing
+        std: float | dict | None = None,  # a standard deviation for all tensors, or {name or prefix: value}; None for the model's
+    ):
+        super().__init__()
+        spreads = {n: s for name, s in (std.items() if isinstance(std, dict) else ()) for n in select(model, name)}
+        params, self.shapes = dict(model.named_parameters()), {n: p.shape for n, p in model.named_parameters()}
+        own = lambda n, p: p.detach().std(correction=0).item() if not isinstance(std, (int, float)) else std
+        values = [(p.detach().mean().item(), spreads.get(n, own(n, p))) for n, p in params.items()]
+        wrong = [s for _, s in values if not 0 <= s < math.inf]
+        if wrong: raise ValueError(f"std={wrong[0]}: a standard deviation is zero or more, and the model's weights are finite")
+        like = next(iter(params.values())).detach()
+        self.register_buffer("moments", like.new_tensor(values))  # [tensors, 2]: mean, std
+
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None) -> Params:
+        draw = lambda shape: torch.randn(shape, dtype=self.moments.dtype, device=self.moments.device)
+        return {n: mean + std * draw(shape) for (n, shape), (mean, std) in zip(self.shapes.items(), self.moments)}
 
 # %% ../nbs/05_unroll.ipynb #e87df157
 def segment_loss(learner: MetaLearner, task: Task, carry: tuple, first: int, last: int, first_order: bool = False) -> tuple[Tensor, tuple]:
