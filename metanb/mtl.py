@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import MetaLearner, Params, SGD, Task, select, set_norm, skeleton
 from .meta_sgd import parameter_tree
-from .tasks import FewShot, Sampler, check_sizes, choose, hashed_bits, task_keys
+from .tasks import FewShot, Sampler, check_sizes, hashed_bits, task_keys
 from .train import accuracy, curves, draw, evaluating, placed
 
 # %% ../nbs/15_mtl.ipynb #16c5bdc0
@@ -149,16 +149,11 @@ class Focused(FewShot):
         self.__dict__.update(vars(sampler), preferred=preferred)
         return self
 
-    def indices(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Class numbers, quarter turns and image numbers of every task, see `FewShot`."
-        n, size, f, there = len(self.pool), self.images.shape[1], 0 if self.families is None else len(self.families), None
-        rank = (hashed_bits(keys, n, f) & 2**61 - 1) + 2**61 * self.preferred  # random, the preferred ones above all others
-        if f: rank = rank.where(self.family[self.pool] == self.families[choose(keys, f, 1)], -1)
-        picked = rank.topk(self.ways).indices
-        classes = self.pool[picked]
-        if self.counts is not None: there = torch.arange(size, device=keys.device) < self.counts[classes][..., None]
-        images = choose(keys, size, self.shots + self.queries, rows=self.ways, allowed=there, skip=f + n)
-        return classes, picked // len(self.classes), images
+    def pick(self, keys: Tensor) -> Tensor:
+        "Every task's classes as places in the pool, the preferred ones first."
+        rank = (hashed_bits(keys, len(self.pool), self.skip) & 2**61 - 1) + 2**61 * self.preferred  # random within both kinds
+        allowed = self.allowed(keys)
+        return (rank if allowed is None else rank.where(allowed, -1)).topk(self.ways).indices
 
 # %% ../nbs/15_mtl.ipynb #ae166cb2
 class HardTasks(Sampler):

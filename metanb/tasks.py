@@ -317,16 +317,26 @@ class FewShot(Sampler):
         self.__dict__.update(images=images, counts=counts, family=family, families=families, classes=classes, pool=pool)
         self.__dict__.update(device=images.device)
 
+    @property
+    def skip(self) -> int:
+        "How many of a key's random numbers decide the family."
+        return 0 if self.families is None else len(self.families)
+
+    def allowed(self, keys: Tensor) -> Tensor | None:  # [..., len(pool)] bool; None for all
+        "The classes of the family that each task belongs to."
+        if self.families is None: return None
+        return self.family[self.pool] == self.families[choose(keys, len(self.families), 1)]
+
+    def pick(self, keys: Tensor) -> Tensor:
+        "Every task's classes as places in the pool, [..., ways]."
+        return choose(keys, len(self.pool), self.ways, allowed=self.allowed(keys), skip=self.skip)
+
     def indices(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Class numbers [..., ways], quarter turns [..., ways] and image numbers [..., ways, shots + queries] of every task."
-        n, size, f, allowed, there = len(self.pool), self.images.shape[1], 0, None, None
-        if self.families is not None:
-            f = len(self.families)
-            allowed = self.family[self.pool] == self.families[choose(keys, f, 1)]
-        picked = choose(keys, n, self.ways, allowed=allowed, skip=f)
+        picked, size, there = self.pick(keys), self.images.shape[1], None
         classes = self.pool[picked]
         if self.counts is not None: there = torch.arange(size, device=keys.device) < self.counts[classes][..., None]
-        images = choose(keys, size, self.shots + self.queries, rows=self.ways, allowed=there, skip=f + n)
+        images = choose(keys, size, self.shots + self.queries, rows=self.ways, allowed=there, skip=self.skip + len(self.pool))
         return classes, picked // len(self.classes), images
 
     def draw(self, keys: Tensor) -> Task:
