@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from metanb import cli
+from metanb.train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SINES = ["--tasks", "sinusoid", "--scale", "smoke", "--device", "cpu"]
@@ -170,6 +171,28 @@ def test_train_evaluate_and_resume(capsys, tmp_path):
         assert str(record) in refused(capsys, "evaluate", "--checkpoint", path)
     record.unlink()
     assert "is missing" in refused(capsys, "evaluate", "--checkpoint", path)
+
+
+@pytest.mark.parametrize("method", ["protonet", "incontext", "mtl", "imaml", "maml-meta-pcgrad"])
+def test_every_kind_of_learner_is_trained_resumed_and_tested(capsys, tmp_path, method):
+    path, glyphs = tmp_path / "half.checkpoint", ["--tasks", "glyphs", "--scale", "smoke", "--device", "cpu", "--no-progress"]
+    whole = cli.train(progress=False, method=method, tasks="glyphs", scale="smoke", device="cpu", steps=4)[0].state_dict()
+    assert cli.main(["train", "--method", method, *glyphs, "--checkpoint", str(path), "--steps", "2"]) == 0
+    assert cli.main(["train", "--resume", "--checkpoint", str(path), "--steps", "4", "--device", "cpu", "--no-progress"]) == 0
+    saved = load_checkpoint(path)["learner"]
+    same = [n for n, t in whole.items() if torch.equal(saved[n], t)]
+    assert saved.keys() == whole.keys() and (method == "mtl" or len(same) == len(whole))  # MTL's pretraining is as long as first asked for
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--checkpoint", str(path), "--test-tasks", "10", "--device", "cpu"]) == 0
+    assert " ± " in capsys.readouterr().out
+
+
+def test_methods_that_do_not_apply_are_left_out_of_mixed_tasks(capsys, tmp_path):
+    out = tmp_path / "results"
+    assert cli.main(["compare", "--methods", "mtl,protonet,maml", "--scale", "smoke", "--device", "cpu", "--processes", "1", "--out", str(out)]) == 0
+    table, err = capsys.readouterr()
+    assert "left out, for it does not apply: MTL on sinusoid, ProtoNet on sinusoid" in err
+    assert table.count("MAML") == 2 and table.count("ProtoNet") == table.count("MTL") == 1
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
