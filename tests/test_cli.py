@@ -173,11 +173,12 @@ def test_train_evaluate_and_resume(capsys, tmp_path):
     assert "is missing" in refused(capsys, "evaluate", "--checkpoint", path)
 
 
-@pytest.mark.parametrize("method", ["protonet", "incontext", "mtl", "imaml", "maml-meta-pcgrad"])
-def test_every_kind_of_learner_is_trained_resumed_and_tested(capsys, tmp_path, method):
-    path, glyphs = tmp_path / "half.checkpoint", ["--tasks", "glyphs", "--scale", "smoke", "--device", "cpu", "--no-progress"]
-    whole = cli.train(progress=False, method=method, tasks="glyphs", scale="smoke", device="cpu", steps=4)[0].state_dict()
-    assert cli.main(["train", "--method", method, *glyphs, "--checkpoint", str(path), "--steps", "2"]) == 0
+@pytest.mark.parametrize("method, tasks", [*((m, "glyphs") for m in ("protonet", "incontext", "mtl", "imaml", "maml-meta-pcgrad")),
+                                           ("lstm", "train-glyphs"), ("dimaml", "train-glyphs")])
+def test_every_kind_of_learner_is_trained_resumed_and_tested(capsys, tmp_path, method, tasks):
+    path, problem = tmp_path / "half.checkpoint", ["--tasks", tasks, "--scale", "smoke", "--device", "cpu", "--no-progress"]
+    whole = cli.train(progress=False, method=method, tasks=tasks, scale="smoke", device="cpu", steps=4)[0].state_dict()
+    assert cli.main(["train", "--method", method, *problem, "--checkpoint", str(path), "--steps", "2"]) == 0
     assert cli.main(["train", "--resume", "--checkpoint", str(path), "--steps", "4", "--device", "cpu", "--no-progress"]) == 0
     saved = load_checkpoint(path)["learner"]
     same = [n for n, t in whole.items() if torch.equal(saved[n], t)]
