@@ -9,7 +9,7 @@ __all__ = ['SEAL', 'derive', 'reseed', 'own_randomness', 'check_parts', 'placed'
            'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback', 'tell', 'settings', 'label', 'stateful',
            'identity', 'snapshot', 'check_resume', 'restore', 'load_learner', 'Validate', 'Checkpoint', 'watched',
            'Progress', 'TensorBoard', 'interruptible', 'running', 'check_optimizer', 'check_choices', 'check_combined',
-           'pays', 'adam', 'explain', 'update', 'watchers', 'fit']
+           'pays', 'adam', 'explain', 'update', 'watchers', 'source', 'fit']
 
 # %% ../nbs/04_train.ipynb #e225c957
 import contextlib, csv, hashlib, html, io, json, math, os, signal, sys, threading, time
@@ -49,7 +49,7 @@ def check_parts(learner, **samplers) -> None:
     if not isinstance(learner, nn.Module):
         raise TypeError(f"learner: expected a Learner, which is a torch.nn.Module, got {type(learner).__name__}")
     for name, s in samplers.items():
-        if not hasattr(s, "sample"):
+        if not hasattr(s, "sample") and not hasattr(s, "gradients"):
             raise TypeError(f"{name}: expected an object with sample(T, seed=, step=, start=), got {type(s).__name__}")
 
 def placed(learner: nn.Module) -> tuple[torch.device, torch.dtype | None]:
@@ -581,9 +581,16 @@ def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, 
     return [*out, Progress()] if progress else out
 
 # %% ../nbs/04_train.ipynb #9b96ade7
+def source(run: Run, chunk: int | None = None, compile: bool | str = False) -> Callable:
+    "Where gradients come from, (meta_params, step) -> ({name: [T, *shape]}, losses [T]): the sampler itself, or new tasks each step."
+    if hasattr(run.sampler, "gradients"): return run.sampler.gradients
+    compile = pays(run.learner, run.steps) if compile == "auto" else compile
+    grads = compiled(run.learner, chunk) if compile else partial(task_grads, run.learner, chunk=chunk)
+    return lambda meta_params, step: grads(meta_params, draw(run.sampler, run.tasks, *placed(run.learner), seed=run.seed, step=step))
+
 def fit(
     learner: Learner,  # trained in place; its trainable parameters are the meta-parameters
-    sampler,  # where training tasks come from
+    sampler,  # where training tasks come from, or an object with gradients(meta_params, step), see `source`
     steps: int,  # meta-steps
     tasks: int = 25,  # tasks a meta-step
     opt: torch.optim.Optimizer | None = None,  # over the learner's parameters; None for Adam at 1e-3
@@ -617,14 +624,11 @@ def fit(
     run.callbacks = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
     if checkpoint is not None and resume and Path(checkpoint).exists(): restore(run, checkpoint)
 
-    compile = pays(learner, steps) if compile == "auto" else compile
-    gradients = compiled(learner, chunk) if compile else partial(task_grads, learner, chunk=chunk)
-    (device, dtype), meta_params = placed(learner), {n: p.detach() for n, p in params.items()}
+    gradients, device, meta_params = source(run, chunk, compile), placed(learner)[0], {n: p.detach() for n, p in params.items()}
     with running(run):
         while run.step < steps and not run.stop:
             reseed(derive(seed, "step", run.step), device)
-            batch = draw(sampler, tasks, device, dtype, seed=seed, step=run.step)
-            grads, losses = gradients(meta_params, batch)
+            grads, losses = gradients(meta_params, run.step)
             grads = combine(grads)
             check_combined(grads, params)
             update(run, grads, losses, clip, nonfinite)

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['Along', 'Momentum', 'begin', 'read', 'advance', 'Method', 'Flat', 'Pullback', 'Recompute', 'recompute', 'unrolled',
            'Recomputed', 'Truncated', 'StreamLearner', 'loss_curves', 'RandomStart', 'segment_loss', 'segment_grads',
-           'FiniteOnly', 'Trajectories', 'fit_truncated', 'truncated_run', 'peak_memory', 'short_peak',
-           'choose_segment']
+           'FiniteOnly', 'Trajectories', 'fit_truncated', 'peak_memory', 'short_peak', 'choose_segment']
 
-# %% ../nbs/05_unroll.ipynb #9097f99a
+# %% ../nbs/05_unroll.ipynb #c6494912
 import contextlib, copy, math
 from functools import partial
-from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
@@ -20,8 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .core import MetaLearner, Params, Task, add, exact, first_order, inner_step, last, mean, select, task_grads
 from .tasks import check_sizes
-from .train import (History, Run, adam, check_choices, check_combined, check_optimizer, check_parts, derive, draw, evaluating,
-                          own_randomness, placed, reseed, restore, running, settings, tell, update, watchers)
+from .train import History, check_parts, draw, evaluating, fit, own_randomness, placed, settings
 
 # %% ../nbs/05_unroll.ipynb #a37e7941
 class Along(nn.Module):
@@ -335,9 +332,9 @@ class FiniteOnly:
     def state_dict(self) -> dict: return {"skipped": self.skipped}
     def load_state_dict(self, state: dict) -> None: self.skipped = state["skipped"]
 
-# %% ../nbs/05_unroll.ipynb #be249db8
+# %% ../nbs/05_unroll.ipynb #eef45170
 class Trajectories:
-    "A batch of inner loops on their way: each call takes them a segment further and gives its meta-gradients."
+    "A batch of inner loops on their way: `gradients` takes them a segment further and gives its meta-gradients."
     def __init__(self, learner: MetaLearner, sampler, unroll: int | Callable[[int], int],
                  first_order: bool = False, tasks: int = 25, seed: int = 0, chunk: int | None = None):
         self.learner, self.sampler, self.unroll, self.first_order = learner, sampler, unroll, first_order
@@ -347,7 +344,7 @@ class Trajectories:
     def draw(self) -> Task:
         return draw(self.sampler, self.tasks, *placed(self.learner), seed=self.seed, step=self.number)
 
-    def __call__(self, meta_params: Params, step: int) -> tuple[Params, Tensor]:
+    def gradients(self, meta_params: Params, step: int) -> tuple[Params, Tensor]:
         "Meta-gradients {name: [T, *shape]} and the losses that are finite, or NaN where none is."
         if self._batch is None: self._batch = self.draw()
         n = self.unroll(step) if callable(self.unroll) else self.unroll
@@ -369,50 +366,26 @@ class Trajectories:
         with torch.no_grad(), own_randomness(self._batch.x.device): like = begin(self.learner, Task(*(t[0] for t in self._batch)))
         self.carry = tree_unflatten([t.to(self._batch.x.device) for t in state["carry"]], tree_flatten(like)[1])
 
-# %% ../nbs/05_unroll.ipynb #6b6924e7
+# %% ../nbs/05_unroll.ipynb #bc095035
 def fit_truncated(
     learner: MetaLearner,  # trained in place; `Truncated` on its gradient axis says how many steps a segment has
     sampler,  # where training tasks come from; one batch a trajectory
     steps: int,  # meta-steps, one a segment
     unroll: int | Callable[[int], int] | None = None,  # inner steps a segment, or a function of the meta-step; None for the learner's
     tasks: int = 25,  # inner loops side by side
-    opt: torch.optim.Optimizer | None = None,  # over the learner's parameters; None for Adam at 1e-3
     seed: int = 0,  # decides, with the number of the trajectory, its tasks
-    combine: Callable[[Params], Params] = mean,  # T per-task gradients -> one; `FiniteOnly()` leaves out diverged inner loops
-    scheduler=None, clip=None, validation=None, validate_every=None, validation_tasks=100, metric=None,  # as in `fit`
-    callbacks=(), checkpoint=None, checkpoint_every=None, resume=True,  # as in `fit`; where the inner loops are is saved too
     chunk: int | None = None,  # tasks at a time; 1 loops without `vmap`
-    nonfinite: str = "stop",  # or "skip"
-    progress: bool = True,
+    **options,  # of `fit`, such as combine=FiniteOnly(), opt, validation and checkpoint; where the inner loops are is saved too
 ) -> History:  # the losses of the segments
     "`fit` with one meta-step a segment: inner loops go on from where they were, and begin anew on new tasks after `learner.steps`."
-    run = truncated_run(learner, sampler, steps, unroll, tasks, opt, seed, combine, scheduler, chunk)
-    check_choices(combine, clip, False, nonfinite)
-    check_optimizer(run.opt, scheduler, run.params.values(), validation)
-    run.callbacks = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
-    if checkpoint is not None and resume and Path(checkpoint).exists(): restore(run, checkpoint)
-    device, meta_params = placed(learner)[0], {n: p.detach() for n, p in run.params.items()}
-    with running(run):
-        while run.step < steps and not run.stop:
-            reseed(derive(seed, "step", run.step), device)
-            grads, losses = run.sampler(meta_params, run.step)
-            grads = combine(grads)
-            check_combined(grads, run.params)
-            update(run, grads, losses, clip, nonfinite)
-            tell("step", run)
-    return run.history
-
-def truncated_run(learner, sampler, steps, unroll, tasks, opt, seed, combine, scheduler, chunk) -> Run:
-    "The state of one `fit_truncated` at its beginning."
-    check_sizes(0, steps=steps); check_sizes(1, tasks=tasks, chunk=1 if chunk is None else chunk)
+    check_sizes(1, tasks=tasks, chunk=1 if chunk is None else chunk)
     check_parts(learner, sampler=sampler)
     unroll = getattr(learner.gradient, "unroll", None) if unroll is None else unroll
     if unroll is None: raise ValueError("unroll: how many inner steps a segment has; give it here, or the learner gradient=Truncated(…)")
+    if not any(p.requires_grad for p in learner.parameters()):
+        raise ValueError("learner: it has no trainable parameters, so there is nothing to fit")
     first = getattr(learner.gradient, "first_order", learner.gradient is first_order)
-    params = {n: p for n, p in learner.named_parameters() if p.requires_grad}
-    if not params: raise ValueError("learner: it has no trainable parameters, so there is nothing to fit")
-    paths = Trajectories(learner, sampler, unroll, first, tasks, seed, chunk)
-    return Run(learner, paths, adam(params.values()) if opt is None else opt, scheduler, steps, tasks, seed, combine, params, History())
+    return fit(learner, Trajectories(learner, sampler, unroll, first, tasks, seed, chunk), steps, tasks, seed=seed, **options)
 
 # %% ../nbs/05_unroll.ipynb #7af350d2
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
