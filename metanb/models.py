@@ -129,11 +129,14 @@ def Autoencoder(
     latent: int = 64,  # numbers an image is squeezed into
     planes: int = 32,  # filters of the first convolution
     channels: int = 3,
-) -> nn.Sequential:  # [N, channels, 64, 64] → the same shape; with attributes `encoder` and `decoder`
-    "The convolutional autoencoder of DIMAML, for images of 64 × 64."
+    size: int = 64,  # side of the images: the paper's 64, or 32 or 16 with a convolution or two fewer each way
+) -> nn.Sequential:  # [N, channels, size, size] → the same shape; with attributes `encoder` and `decoder`
+    "The convolutional autoencoder of DIMAML, which brings images of 64 × 64 down to 3 × 3."
     check_sizes(latent=latent, planes=planes, channels=channels)
     if planes % 2: raise ValueError(f"planes={planes}: the last layers have half as many; give an even number")
-    down, up = [channels, planes, 2 * planes, 4 * planes, 8 * planes], [4 * planes, 2 * planes, planes, planes // 2]
+    if size not in (16, 32, 64): raise ValueError(f"size={size}: use 64, 32 or 16")
+    stages = size.bit_length() - 3
+    down, up = [channels, *(planes * 2**i for i in range(stages))], [planes * 2**i // 2 for i in reversed(range(stages))]
     normed = lambda layer, n: (layer, nn.BatchNorm2d(n, track_running_stats=False), nn.ReLU())
     encoder = [m for i, o in zip(down, down[1:]) for m in normed(nn.Conv2d(i, o, 5, 2, padding=1, bias=False), o)]
     decoder = [m for i, o in zip(up, up[1:]) for m in normed(nn.ConvTranspose2d(i, o, 5, 2, padding=1, bias=False), o)]
