@@ -96,7 +96,7 @@ def fit_shape(
     best = (a[:, None] * e + z[:, None] - L).pow(2).sum(1).argmin()
     return a[best].item(), s[best].item(), z[best].item()
 
-# %% ../nbs/17_shaping.ipynb #bf4d1524
+# %% ../nbs/17_shaping.ipynb #959850c5
 class Shaped(Along):
     "The shaped objective L₁ + Σ d(Lᵢ − f(tᵢ)), with s and z given or learned."
     def __init__(
@@ -115,7 +115,7 @@ class Shaped(Along):
         super().__init__(every, start, on)
         check_kind(kind); inverse_exponential(0.0, 0.0 if a is None else a, s, z)
         if learn and kind == "signed":
-            raise ValueError("kind='signed': its best z is infinite, since every 1 of z takes 1 a reading off J; learn 'absolute' or 'squared'")
+            raise ValueError("kind='signed': its best z is infinite: each 1 of z takes 1 a reading off J; use 'absolute' or 'squared'")
         if learn and not z > 0: raise ValueError(f"z={z}: log z is learned; start from a positive level")
         self.s, self.z, self.kind, self.learn, self.a, self.detach, self.readings = s, z, kind, learn, a, detach, None
         if learn: self.log_shape = nn.Parameter(torch.tensor([math.log(s), math.log(z)]))
@@ -131,13 +131,13 @@ class Shaped(Along):
 
     def value(self, losses: Tensor) -> Tensor:
         if self.readings not in (None, len(losses)):
-            raise ValueError(f"losses: {len(losses)} of {self.readings} readings; a shape needs them all, so use `fit` and not `fit_truncated`")
+            raise ValueError(f"losses: {len(losses)} of {self.readings} readings; a shape needs them all: use `fit`, not `fit_truncated`")
         t = torch.arange(len(losses), device=losses.device) * self.every
         return shaped_loss(losses, *self.shape(), self.kind, self.a, t, self.detach)
 
     def extra_repr(self) -> str:
-        s, z = (float(v) for v in self.shape())
-        return f"{super().extra_repr()}, s={s:g}, z={z:g}, kind={self.kind!r}, learn={self.learn}"
+        s, z = (v.item() if isinstance(v, Tensor) else v for v in self.shape())
+        return f"every={self.every}, start={self.start}, on={self.on!r}, s={s:g}, z={z:g}, kind={self.kind!r}, learn={self.learn}"
 
 # %% ../nbs/17_shaping.ipynb #fa91f969
 def emphasis(

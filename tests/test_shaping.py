@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from metanb.core import Task, exact, first_order, last, meta_grads
+from metanb.dimaml import DIMAML
 from metanb.maml import MAML
 from metanb.shaping import KINDS, Flooded, Shaped, auc, emphasis, fit_shape, flood, inverse_exponential, shaped_loss
 from metanb.tasks import Sinusoid, Stream
@@ -158,7 +159,7 @@ def test_fit_shape_finds_an_exact_curve(a, s, z):
 @pytest.mark.parametrize("kind", ["absolute", "squared"])
 def test_learned_target_has_no_say_in_how_low_the_curve_is(kind):
     def best(L):  # over z, with s fixed; both kinds are convex in z
-        return min(shaped_loss(L, 6.0, z, kind, 2.0).item() for z in torch.linspace(-2, 4, 12001).tolist())
+        return shaped_loss(L, 6.0, torch.linspace(-2, 4, 12001, dtype=F64)[:, None], kind, 2.0).min()
     lower = torch.cat([CURVE[:1], CURVE[1:] - 0.2])
     assert_close(best(CURVE), best(lower), rtol=0, atol=1e-6)
     if kind == "squared":
@@ -223,6 +224,28 @@ def test_other_learners_and_the_support_side():
     assert_close(meta_grads(support, stream().sample(2))[1], shaped_loss(curves, 3.0, 0.0, "absolute"))
     cut = meta_grads(learner(Shaped(3, 0, s=9.0), Truncated(4)), stream().sample(2))[1]  # the graph is cut, the curve is whole
     assert_close(cut, meta_grads(learner(Shaped(3, 0, s=9.0)), stream().sample(2))[1])
+
+
+def test_shaped_dimaml():
+    def make(gradient): return DIMAML(net(), steps=9, lr=0.05, objective=Shaped(3, 3, s=9.0, z=0.2, kind="squared", learn=True), gradient=gradient).double()
+    results = []
+    for gradient, chunk in ((exact, None), (Recomputed(4), None), (Recomputed(4), 1)):
+        torch.manual_seed(1)
+        results.append(meta_grads(make(gradient), Task(*(t[:1] for t in stream().sample(1))), chunk=chunk))
+    assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
+    assert_close(results[0], results[2], rtol=1e-9, atol=1e-12)
+    assert {"objective.log_shape", "init.location.0.weight", "init.scale.0.weight"} <= set(results[0][0])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_inner_run_that_explodes_never_reaches_the_parameters(kind):
+    wild = StreamLearner(net(torch.float32), rule=Momentum(1e30), steps=9, objective=Shaped(3, s=9.0, z=0.2, kind=kind))
+    before = copy.deepcopy(wild.state_dict())
+    with pytest.raises(FloatingPointError, match="meta-step 1"):
+        fit(wild, stream(torch.float32), 2, tasks=2, progress=False, compile=False)
+    history = fit(wild, stream(torch.float32), 2, tasks=2, progress=False, compile=False, nonfinite="skip")
+    assert history.skipped == 2
+    assert_close(wild.state_dict(), before)
 
 
 def test_a_part_of_the_curve_is_refused():
