@@ -257,7 +257,7 @@ def owners(
     parts = tree_flatten(state, is_leaf=of_all)[0]
     return [n for part in parts for n in ([m for m, own in part.items() for _ in tree_leaves(own)] if of_all(part) else [None])]
 
-# %% ../nbs/18_lstm.ipynb #00cb8f04
+# %% ../nbs/18_lstm.ipynb #99e4ef14
 def check_rule(rule: nn.Module) -> None:
     "Refuses what isn't a rule that can be stepped from outside."
     if hasattr(rule, "loop"): raise TypeError(f"rule: {type(rule).__name__} brings a loop of its own, which can't be taken step by step")
@@ -305,7 +305,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params, grads = {n: p.to(dtype) for n, p in members.items()}, {n: p.grad.to(dtype) for n, p in members.items()}
         start, spec = tree_flatten(rule.init(params))
         owner = owners(tree_unflatten(start, spec), members)
-        moved, state = rule(params, grads, tree_unflatten(self.recall(group, members, owner, start), spec), step)
+        try: moved, state = rule(params, grads, tree_unflatten(self.recall(group, members, owner, start), spec), step)
+        except KeyError as e:
+            e.add_note("A rule that has constants by parameter name needs these names: give the optimizer model.named_parameters().")
+            raise
         self.remember(group, members, owner, tree_leaves(state))
         for n, p in members.items():
             self.state[p]["step"] = step + 1
@@ -344,7 +347,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict: return {**super().__getstate__(), "rule": self.rule}
     def __setstate__(self, state: dict) -> None: super().__setstate__({**state, "_copies": {}})
 
-# %% ../nbs/18_lstm.ipynb #3c372910
+# %% ../nbs/18_lstm.ipynb #1c687088
 def settings_of(rule: nn.Module) -> dict:
     "The arguments that build a rule like this: from its `settings()`, or from its attributes of the arguments' names."
     if hasattr(rule, "settings"): return rule.settings()
@@ -368,7 +371,7 @@ def find_class(name: str, classes: Iterable[type] = ()) -> type:
     for cls in classes:
         if f"{cls.__module__}.{cls.__qualname__}" == name: return cls
     module, _, cls = name.rpartition(".")
-    if not module.startswith("metanb.") or not cls.isidentifier():
+    if not module.startswith("metanb.") or "__" in name:
         raise ValueError(f"rule {name!r} is not of this package; if you trust it, import it and give it as classes=({cls},)")
     try: found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError): raise ValueError(f"rule {name!r} is not in this version of metanb") from None

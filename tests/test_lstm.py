@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from metanb.core import SGD, Task, first_order, mean, meta_grads
+from metanb.core import SGD, Task, first_order, meta_grads
 from metanb.data import ImageClasses
 from metanb.imaml import NewtonCG
-from metanb.lstm import (HAND_MADE, Adagrad, LearnedOptimizer, LSTMRule, Nesterov, RMSprop, area, final, find_class, image_mlp, image_stream,
-                         load_rule, log_sign, lstm_cell, owners, quadratic_run, run_rule, save_rule, settings_of, small_conv, squared_error,
+from metanb.lstm import (HAND_MADE, Adagrad, LearnedOptimizer, LSTMRule, Nesterov, RMSprop, area, final, find_class, image_mlp,
+                         image_stream, load_rule, log_sign, lstm_cell, owners, quadratic_run, run_rule, save_rule, settings_of, small_conv, squared_error,
                          training_run, tune)
 from metanb.maml import MAML, Adam
 from metanb.meta_sgd import WeightRates
@@ -24,7 +24,8 @@ from metanb.train import evaluate, fit
 
 F64 = torch.float64
 TWINS = {"SGD": dict(cls=torch.optim.SGD), "momentum": dict(cls=torch.optim.SGD, momentum=0.9),
-         "Nesterov": dict(cls=torch.optim.SGD, momentum=0.9, nesterov=True), "RMSprop": dict(cls=torch.optim.RMSprop), "Adagrad": dict(cls=torch.optim.Adagrad), "Adam": dict(cls=torch.optim.Adam)}
+         "Nesterov": dict(cls=torch.optim.SGD, momentum=0.9, nesterov=True), "RMSprop": dict(cls=torch.optim.RMSprop),
+         "Adagrad": dict(cls=torch.optim.Adagrad), "Adam": dict(cls=torch.optim.Adam)}
 
 
 def net(dtype=F64, seed=0):
@@ -373,6 +374,8 @@ def test_rules_with_constants_by_name_take_named_parameters():
     other = net()
     expected = train(other, torch.optim.SGD(other.parameters(), lr=0.05), 3)
     assert_close(train(model, LearnedOptimizer(model.named_parameters(), rates), 3), expected)
+    with pytest.raises(KeyError) as error: train(other, LearnedOptimizer(other.parameters(), rates), 1)
+    assert "named_parameters" in error.value.__notes__[0]
 
 
 def test_any_model():
@@ -454,7 +457,8 @@ def test_own_rules_need_to_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["os.system", "metanb.data.os", "metanb.core.nn.Linear", "metanb.core.MetaLearner", "metanb.core.scale",
-                                  "SGD", "metanb.no_such.Rule", "metanb.lstm.NoRule", "metanb.lstm.", "metanb.cli.subprocess.Popen"])
+                                  "SGD",
+                                  "metanb.no_such.Rule", "metanb.__main__.main", "metanb.lstm.NoRule", "metanb.lstm.", "metanb.cli.subprocess.Popen"])
 def test_only_rules_of_the_package_are_built(name):
     with pytest.raises(ValueError): find_class(name)
 
