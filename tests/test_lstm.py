@@ -13,8 +13,8 @@ from metanb.core import SGD, Task, first_order, meta_grads
 from metanb.data import ImageClasses
 from metanb.imaml import NewtonCG
 from metanb.lstm import (HAND_MADE, Adagrad, LearnedOptimizer, LSTMRule, Nesterov, RMSprop, area, final, find_class, image_mlp,
-                         image_stream, load_rule, log_sign, lstm_cell, owners, quadratic_run, run_rule, save_rule, settings_of, small_conv, squared_error,
-                         training_run, tune)
+                         image_stream, load_rule, log_sign, lstm_cell, owners, quadratic_run, run_rule, save_rule, settings_of,
+                         small_conv, squared_error, training_run, tune)
 from metanb.maml import MAML, Adam
 from metanb.meta_sgd import WeightRates
 from metanb.pcgrad import pcgrad
@@ -458,7 +458,8 @@ def test_own_rules_need_to_be_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["os.system", "metanb.data.os", "metanb.core.nn.Linear", "metanb.core.MetaLearner", "metanb.core.scale",
                                   "SGD",
-                                  "metanb.no_such.Rule", "metanb.__main__.main", "metanb.lstm.NoRule", "metanb.lstm.", "metanb.cli.subprocess.Popen"])
+                                  "metanb.no_such.Rule", "metanb.__main__.main", "metanb.lstm.NoRule", "metanb.lstm.",
+                                  "metanb.cli.subprocess.Popen"])
 def test_only_rules_of_the_package_are_built(name):
     with pytest.raises(ValueError): find_class(name)
 
