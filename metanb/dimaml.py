@@ -227,11 +227,11 @@ class Correlated(Distribution):
     def noise_moments(self, name: str) -> tuple[float, float]:
         return (0.0, 1.0) if name not in self.sizes else (0.0, float(entry(self.factor, name).tril().square().sum(1).mean().sqrt()))
 
-# %% ../nbs/16_dimaml.ipynb #4e168e3a
+# %% ../nbs/16_dimaml.ipynb #12b24cd6
 def transfer(
     init: Distribution,
     model: nn.Module,  # of the same architecture: tensors of the same names
-    rescale: bool = False,  # keep scale · √fan-in of each weight, not its scale
+    rescale: bool = False,  # keep location · fan-in and scale · √fan-in of each weight, not location and scale
 ) -> Distribution:
     "The same distribution for another width."
     there, absent = type(init)(model, **init.settings), set(init.shapes) ^ {n for n, _ in model.named_parameters()}
@@ -239,6 +239,7 @@ def transfer(
     try: there.load_state_dict(init.state_dict())
     except RuntimeError as e: raise ValueError(f"model: {type(init).__name__} does not fit it: {e}") from e
     for n in there.fans if rescale else ():
+        there.location.get_parameter(n).data *= init.fans[n] / there.fans[n]
         there.scale.get_parameter(n).data *= (init.fans[n] / there.fans[n]) ** 0.5
     return there
 
