@@ -45,10 +45,14 @@ def entry(tree: nn.Module, name: str) -> Tensor:
     "What a tree of parameters holds under a dotted name, be it a parameter or what stands in for it."
     return attrgetter(name)(tree)
 
-# %% ../nbs/16_dimaml.ipynb #f3ee9ae3
+# %% ../nbs/16_dimaml.ipynb #1da73798
 class Distribution(nn.Module):
     "First weights drawn anew for each trajectory, θ = location + scale · ε, with one location and one scale a tensor."
-    def __init__(self, model: nn.Module, norm: str = "batch", **settings):
+    def __init__(self,
+        model: nn.Module,  # of which only names, shapes and first moments are kept
+        norm: str = "batch",  # what every init is given; a distribution has no use for it
+        **settings,  # of the family, kept for `transfer` and files
+    ):
         super().__init__()
         check_model(model, 0)
         still = [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -171,14 +175,15 @@ class Quantile(Distribution):
         location, scale = entry(self.location, name), entry(self.scale, name)
         return location + scale * interpolate(self.shape_of(name), torch.where(scale < 0, 1 - levels, levels))
 
-# %% ../nbs/16_dimaml.ipynb #4e62ba27
+# %% ../nbs/16_dimaml.ipynb #d76d13d2
 class Mixture(Distribution):
     "Each tensor's elements independent, from a mixture of normals whose weights, centres and widths are learned."
     def __init__(self, model: nn.Module, norm: str = "batch", components: int = 2):
         super().__init__(model, norm, components=components)
         check_sizes(components=components)
         widths = torch.linspace(0.5, 1.5, components) if components > 1 else torch.ones(1)
-        start = dict(logits=torch.zeros(components), centre=torch.zeros(components), raw=soft_inverse(widths / widths.square().mean().sqrt()))
+        zeros = torch.zeros(components)
+        start = dict(logits=zeros, centre=zeros, raw=soft_inverse(widths / widths.square().mean().sqrt()))
         for part, value in start.items():
             setattr(self, part, parameter_tree({n: value.to(p, copy=True) for n, p in model.named_parameters()}))
             for n in no_spread(model): getattr(self, part).get_parameter(n).requires_grad_(False)
@@ -208,8 +213,9 @@ def implicit_draw(
 ) -> Tensor:  # the same values
     "The same numbers, with the gradient −∂F/∂φ / f of a mixture's draws."
     z = (value[..., None] - centre) / width
-    F_, f = (weight * (1 + torch.erf(z / 2**0.5))).sum(-1) / 2, (weight / width * torch.exp(-z**2 / 2)).sum(-1).detach() / (2 * math.pi) ** 0.5
-    return value - (F_ - F_.detach()) / f.clamp(min=torch.finfo(f.dtype).tiny)
+    level = (weight * (1 + torch.erf(z / 2**0.5))).sum(-1) / 2
+    density = (weight / width * torch.exp(-z**2 / 2)).sum(-1).detach() / (2 * math.pi) ** 0.5
+    return value - (level - level.detach()) / density.clamp(min=torch.finfo(density.dtype).tiny)
 
 # %% ../nbs/16_dimaml.ipynb #17baf234
 class Correlated(Distribution):

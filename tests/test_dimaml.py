@@ -163,6 +163,8 @@ def test_transfer_to_another_width(family):
     scaled = transfer(narrow, conv_net(24), rescale=True).moments()
     assert math.isclose(scaled["4.weight"][1], narrow.moments()["4.weight"][1] / 2, rel_tol=1e-9)
     assert math.isclose(scaled["0.weight"][1], narrow.moments()["0.weight"][1], rel_tol=1e-9)  # its fan-in is the image's
+    means = [transfer(narrow, conv_net(24), rescale=again).location.get_parameter("4.weight").detach() for again in (False, True)]
+    assert_close(means[1], means[0] / 4)
     net = wide.fill(conv_net(24))
     assert net(torch.randn(3, 2, 4, 4, dtype=F64)).isfinite().all()
 
