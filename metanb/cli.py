@@ -13,7 +13,7 @@ __all__ = ['RANDOM', 'METHODS', 'BASIC', 'SCALES', 'LETTERS', 'GLYPHS', 'COLOUR'
            'plot_steps', 'plain_log', 'plot_example', 'plot_results', 'Results', 'result_files', 'load_results',
            'fault', 'versions', 'device_name', 'default_device', 'check_device', 'check_scale', 'describe', 'announce',
            'watch', 'run_trials', 'applicable', 'compare', 'record_path', 'write_record', 'read_record', 'resumed',
-           'fresh', 'validation_line', 'train', 'evaluate', 'check_fit', 'check_out', 'command_compare',
+           'fresh', 'validation_line', 'exporter', 'train', 'evaluate', 'check_fit', 'check_out', 'command_compare',
            'command_train', 'command_evaluate', 'command_list', 'command_fetch', 'command_check', 'Parser', 'whole',
            'names', 'Join', 'add_tasks', 'add_compare', 'add_train', 'add_evaluate', 'add_data', 'parser', 'main']
 
@@ -49,7 +49,7 @@ def entry(
     near = difflib.get_close_matches(plain(name), found, 1, cutoff=0.5)
     raise Refused(f"no {kind} is called {name!r}; there are {', '.join(table)}" + (f" (did you mean {near[0]}?)" if near else ""))
 
-# %% ../nbs/40_cli.ipynb #6782b15f
+# %% ../nbs/40_cli.ipynb #9b61e740
 class Method(NamedTuple):
     "A row of the table of methods."
     name: str  # what a user types
@@ -89,6 +89,9 @@ METHODS = {m.name: m for m in (
     Method("adam", "Adam", "unroll:StreamLearner", None, None, dict(RANDOM, rule=("maml:Adam()", dict(lr=0.03))), "nothing"),
     Method("lstm", "LSTM", "unroll:StreamLearner", None, None,
            dict(RANDOM, rule=("lstm:LSTMRule()", {}), objective=("unroll:Along()", dict(on="support")),
+                gradient=("unroll:Truncated()", dict(unroll=20, first_order=True)), rate=3e-3)),
+    Method("hierarchical", "Hierarchical", "unroll:StreamLearner", None, None,
+           dict(RANDOM, rule=("hierarchical:HierarchicalRule()", {}), objective=("hierarchical:LogAlong()", dict(on="support")),
                 gradient=("unroll:Truncated()", dict(unroll=20, first_order=True)), rate=3e-3)),
     Method("dimaml", "DIMAML", "dimaml:DIMAML", None, None, dict(lr=1.0, rate=1e-2, clip=10.0)),
 )}
@@ -435,12 +438,12 @@ def best(rows: list[dict], k: int, higher: bool) -> list[bool]:
     good = [bool(s) and abs(s[0] - top[0]) <= (0 if s is top else math.hypot(s[1], top[1])) for s in scores]
     return [g and not all(good) for g in good]
 
-# %% ../nbs/40_cli.ipynb #fca35423
+# %% ../nbs/40_cli.ipynb #8b5a03b3
 def show_score(row: dict, k: int, mark: bool, problem: dict) -> str:
     "A score as text, accuracy in percent."
     value = score(row, k)
     if value is None: return "diverged  "
-    scale, digits = (100, 1) if problem["metric"] == "accuracy" else (1, 2 if value[0] >= 0.1 else 4)
+    scale, digits = (100, 1) if problem["metric"] == "accuracy" else (1, 2 if value[0] >= 0.1 else 3)
     return f"{scale * value[0]:.{digits}f} ± {scale * value[1]:.{digits}f}" + (" *" if mark else "  ")
 
 # %% ../nbs/40_cli.ipynb #b55843b7
@@ -511,7 +514,7 @@ def style_of(method: str, methods: list[str]) -> dict:
     colour, marker = STYLES[method] if place is None else OTHERS[place]
     return dict(color=colour, marker=marker, ls=("-", "--", ":", "-.")[turn % 4])
 
-# %% ../nbs/40_cli.ipynb #528a4b2a
+# %% ../nbs/40_cli.ipynb #e6687936
 def plot_steps(ax, problem: dict, rows: list[dict], styles: dict) -> None:
     "Scores by gradient step; a learner that takes no steps is a level line."
     unit, steps = 100 if problem["metric"] == "accuracy" else 1, problem["test_steps"]
@@ -525,7 +528,10 @@ def plot_steps(ax, problem: dict, rows: list[dict], styles: dict) -> None:
     ax.set_xlabel("gradient steps on a new task" if problem["kind"] != "training" else "steps of a training run", fontsize=9)
     ax.set_ylabel("accuracy in %" if unit == 100 else "mean squared error", fontsize=9)
     ax.grid(axis="y", color="0.92", lw=0.8)
-    if not problem["higher_is_better"]: plain_log(ax)
+    if problem["higher_is_better"]: return
+    plain_log(ax)
+    start = [s[0] for row in rows if (s := score(row, 0))]
+    if start: ax.set_ylim(top=min(ax.get_ylim()[1], 3 * unit * max(start)))  # what diverges leaves the picture
 
 def plain_log(ax) -> None:
     "A logarithmic axis with plain numbers."
@@ -779,7 +785,7 @@ def fresh(checkpoint, asked: dict) -> Trial:
     if not meta_steps(trial): raise Refused(f"{trial.method} with {trial.steps or 'no'} meta-steps: there is nothing to train; `metanb compare` tests it")
     return trial
 
-# %% ../nbs/40_cli.ipynb #c40be673
+# %% ../nbs/40_cli.ipynb #90bcda17
 def validation_line(run) -> None:
     "Prints each validation of a run."
     value, ci = (run.history[name][-1] for name in ("validation", "ci95"))
@@ -789,21 +795,34 @@ def validation_line(run) -> None:
     tqdm.write(f"step {run.step:6}   loss {run.history['loss'][-1]:.4g}   validation {metric} {unit * value:.4g} ± {unit * ci:.2g}   "
                f"{run.history['seconds'][-1]:.0f} s", file=sys.stderr)
 
+def exporter(learner) -> Callable:
+    "What writes a learner's trained rule, or its learned distribution of first weights, to a path."
+    from metanb.dimaml import Distribution, save_init
+    from metanb.lstm import save_rule, settings_of
+    if isinstance(getattr(learner, "init", None), Distribution): return lambda path: save_init(path, learner.init)
+    if not hasattr(learner, "rule") or not any(p.requires_grad for p in learner.rule.parameters()):
+        raise Refused("export: this method learns neither a rule nor a distribution of first weights; lstm, hierarchical and dimaml do")
+    with choosing("export: "): settings_of(learner.rule)
+    return lambda path: save_rule(learner.rule, path)
+
 def train(
     checkpoint: str | os.PathLike | None = None,  # kept up to date; a .json beside it says what it is of; None keeps nothing
     resume: bool = False,  # continue the checkpoint
     progress: bool = True,
+    export: str | os.PathLike | None = None,  # a file for the trained rule or distribution, to `load_rule` or `load_init`
     **asked,  # fields of `Trial`; those left out have the checkpoint's values when it is resumed
 ):  # the learner and its history
     "Trains one method on one problem, validating twenty times."
     asked["device"] = check_device(asked.get("device"))
     trial = (resumed if resume else fresh)(checkpoint, asked)
     learner, validation = build(trial), sampler(trial, "validation")
+    write = None if export is None else exporter(learner)
     if checkpoint is not None:
         Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
         write_record(checkpoint, trial, settings(trial))
     history = fit_trial(trial, learner, checkpoint=checkpoint, validation=validation, progress=progress,
                         validation_tasks=max(2, trial.at_scale(problem_of(trial.tasks).test_tasks) // 4), callbacks=[validation_line] if progress else [])
+    if write: write(export)
     return learner, history
 
 # %% ../nbs/40_cli.ipynb #38e0b4d3
@@ -848,7 +867,7 @@ def check_out(folder: str | os.PathLike) -> Path:
     if not os.access(folder, os.W_OK): raise Refused(f"--out {folder} can't be written to: give another folder")
     return folder
 
-# %% ../nbs/40_cli.ipynb #24b92f2f
+# %% ../nbs/40_cli.ipynb #21a6f017
 def command_compare(args) -> None:
     "`metanb compare`"
     folder = check_out(args.out)
@@ -864,7 +883,7 @@ def command_train(args) -> None:
     asked = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     stem = f"{asked.get('method', 'maml')}-{Path(asked.get('tasks', 'glyphs')).name}"
     checkpoint = args.checkpoint or f"{stem.lower()}.checkpoint"
-    _, history = train(checkpoint, args.resume, args.progress, **asked)
+    _, history = train(checkpoint, args.resume, args.progress, args.export, **asked)
     print(f"{len(history)} meta-steps; try it: metanb evaluate --checkpoint {checkpoint}")
 
 def command_evaluate(args) -> None:
@@ -955,7 +974,7 @@ def add_compare(commands) -> None:
     p.add_argument("--out", default="metanb-compare", metavar="FOLDER", help="where the picture and the results go (metanb-compare)")
     p.set_defaults(run=command_compare)
 
-# %% ../nbs/40_cli.ipynb #24687df6
+# %% ../nbs/40_cli.ipynb #1f6cda67
 def add_train(commands) -> None:
     "Options of `metanb train`."
     p = commands.add_parser("train", help="train one method and keep a checkpoint", description="Trains one method on one problem, with validation and a checkpoint; "
@@ -966,6 +985,7 @@ def add_train(commands) -> None:
     p.add_argument("--seed", type=whole(0), metavar="N", help="of first weights and training tasks (0)")
     p.add_argument("--checkpoint", metavar="PATH", help="the file to keep, with a .json beside it (METHOD-TASKS.checkpoint)")
     p.add_argument("--resume", action="store_true", help="continue the checkpoint; its settings need not be given again")
+    p.add_argument("--export", metavar="PATH", help="write the trained optimizer (lstm, hierarchical) or first weights (dimaml) to a file of its own")
     p.set_defaults(run=command_train)
 
 def add_evaluate(commands) -> None:

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 from metanb import cli
+from metanb.dimaml import load_init
+from metanb.lstm import LearnedOptimizer, load_rule
+from metanb.models import MLP
 from metanb.train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +191,22 @@ def test_every_kind_of_learner_is_trained_resumed_and_tested(capsys, tmp_path, m
     assert " ± " in capsys.readouterr().out
 
 
+def test_trained_rules_and_distributions_go_into_files_of_their_own(capsys, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), MLP(14 * 14, 20, 26, activation=torch.nn.Sigmoid, std=None))
+    words = ["train", "--tasks", "train-glyphs", "--scale", "smoke", "--device", "cpu", "--no-progress", "--steps", "1"]
+    for method in ("lstm", "dimaml"):
+        place = ["--checkpoint", str(tmp_path / f"{method}.checkpoint"), "--export", str(tmp_path / method)]
+        assert cli.main([*words, "--method", method, *place]) == 0
+    before, opt = [p.detach().clone() for p in model.parameters()], LearnedOptimizer(model.parameters(), load_rule(tmp_path / "lstm"))
+    model(torch.randn(4, 1, 14, 14)).square().mean().backward()
+    opt.step()
+    assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+    assert load_init(tmp_path / "dimaml", model).fill(model) is model
+    capsys.readouterr()
+    maml = ["train", "--method", "maml", *SINES, "--checkpoint", tmp_path / "maml", "--export", tmp_path / "rule"]
+    assert "learns neither a rule nor a distribution" in refused(capsys, *maml) and not (tmp_path / "maml").exists()
+
+
 def test_methods_that_do_not_apply_are_left_out_of_mixed_tasks(capsys, tmp_path):
     out = tmp_path / "results"
     assert cli.main(["compare", "--methods", "mtl,protonet,maml", "--scale", "smoke", "--device", "cpu", "--processes", "1", "--out", str(out)]) == 0
@@ -208,7 +227,6 @@ def test_ctrl_c_in_training_saves_and_resume_ends_where_it_would_have(tmp_path):
     assert "metanb: stopped after meta-step" in err and "saved stopped at step" in err and "Traceback" not in err
     assert metanb("train", "--resume", "--checkpoint", "stopped", "--device", "cpu", "--no-progress", cwd=tmp_path)[0] == 0
     assert metanb(*train, "--checkpoint", "straight", cwd=tmp_path)[0] == 0
-    from metanb.train import load_checkpoint
     stopped, straight = (load_checkpoint(tmp_path / name)["learner"] for name in ("stopped", "straight"))
     for name in straight: assert torch.equal(stopped[name], straight[name])
 
