@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'Point', 'select',
-           'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean', 'Learner',
-           'check_model', 'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads', 'scale', 'provenance']
+           'check_rate', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean',
+           'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads',
+           'scale', 'provenance']
 
 # %% ../nbs/00_core.ipynb #a51a57c3
-import copy, os, platform, warnings
+import copy, math, os, platform, warnings
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
 import torch
@@ -111,11 +112,17 @@ def select(
     return chosen
 
 # %% ../nbs/00_core.ipynb #5e4a41de
+def check_rate(lr: float) -> None:
+    "Refuses what is no learning rate."
+    try: fine = 0 <= lr < math.inf
+    except TypeError: raise TypeError(f"lr: got {type(lr).__name__}; a learning rate is a number, such as 0.01") from None
+    if not fine: raise ValueError(f"lr={lr}: a learning rate is zero or more, and finite")
+
 class SGD(nn.Module):
     "Gradient descent with a fixed rate: θ ← θ − α g."
     def __init__(self, lr: float = 0.01):
         super().__init__()
-        if not lr >= 0: raise ValueError(f"lr={lr}: a learning rate is zero or more")
+        check_rate(lr)
         self.lr = lr
 
     def init(self, params: Params) -> tuple:
@@ -228,6 +235,15 @@ def check_model(model: nn.Module, steps: int) -> None:
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
 # %% ../nbs/00_core.ipynb #4728f514
+def check_axes(**axes) -> None:
+    "Refuses names and classes where a piece belongs."
+    for axis, piece in axes.items():
+        if isinstance(piece, str): raise TypeError(f"{axis}={piece!r}: give the piece itself, not its name")
+        if isinstance(piece, type) and axis not in ("init", "rule"):  # of those two a class may be the maker
+            raise TypeError(f"{axis}: {piece.__name__} is a class; give an instance, such as {piece.__name__}()")
+    if not (hasattr(axes["objective"], "at") and hasattr(axes["objective"], "value")):
+        raise TypeError(f"objective: expected a piece with at(steps) and value(losses), such as `last`, got {type(axes['objective']).__name__}")
+
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
     def __init__(
@@ -246,11 +262,14 @@ class MetaLearner(Learner):
     ):
         super().__init__()
         check_model(model, steps)
+        check_axes(init=init, rule=rule, objective=objective, gradient=gradient, loss=loss, penalty=penalty)
         if batch is not None and batch < 1: raise ValueError(f"batch={batch}: support examples an inner step, 1 or more, or None for all")
         self.model, self.names, self.norm = skeleton(model, norm), select(model, adapt), norm
         self.init = init if isinstance(init, nn.Module) else init(model, norm)
         rule = SGD() if rule is None else rule
         self.rule = rule if isinstance(rule, nn.Module) else rule({n: p.detach() for n, p in model.named_parameters() if n in self.names})
+        if not (hasattr(self.rule, "init") or hasattr(self.rule, "loop")):
+            raise TypeError(f"rule: {type(self.rule).__name__} has no init(params); give a rule, such as SGD(0.01)")
         self.objective, self.penalty, self.gradient = objective, penalty, gradient
         self.steps, self.loss, self.batch = steps, loss, batch
 

@@ -275,9 +275,10 @@ def per_class(
     "One whole number a class, or None where nothing is known."
     values, images = getattr(data, name, None) if own is None else own, image_tensor(data)
     if values is None: return None
-    values = torch.as_tensor(values, device=images.device).long()
+    values = torch.as_tensor(values, device=images.device)
+    if values.is_floating_point(): raise TypeError(f"{name}: got {values.dtype}; give one whole number a class")
     if len(values) != len(images): raise ValueError(f"{name}: got {len(values)} for {len(images)} classes; give one number a class")
-    return values
+    return values.long()
 
 # %% ../nbs/01_tasks.ipynb #c306e704
 def few_shot_task(
@@ -360,6 +361,8 @@ def check_request(sampler, images: Tensor, classes: Tensor, counts: Tensor | Non
     need, (height, width) = sampler.shots + sampler.queries, images.shape[-2:]
     if sampler.ways > n: raise ValueError(f"ways={sampler.ways}: there are {n} classes; use at most {n} ways")
     if sampler.rotations and height != width: raise ValueError(f"rotations=True: images are {height} × {width}; give square ones")
+    if counts is not None and counts.max() > images.shape[1]:
+        raise ValueError(f"counts: class {counts.argmax()} has {counts.max()}, but there are {images.shape[1]} images; count those that are there")
     have = torch.full_like(classes, images.shape[1]) if counts is None else counts[classes]
     short = (have < need).nonzero()[:, 0]
     if len(short): raise ValueError(f"shots + queries = {need}: class {classes[short[0]]} has {have[short[0]]} images; "

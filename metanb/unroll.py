@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .core import MetaLearner, Params, Task, add, exact, first_order, inner_step, last, mean, select, task_grads
+from .core import MetaLearner, Params, Task, add, check_rate, exact, first_order, inner_step, last, mean, select, task_grads
 from .tasks import check_sizes
 from .train import History, check_parts, draw, evaluating, fit, own_randomness, placed, settings
 
@@ -52,7 +52,7 @@ class Momentum(nn.Module):
     "Gradient descent with momentum: v ← βv + g, θ ← θ − αv."
     def __init__(self, lr: float = 0.01, beta: float = 0.9):
         super().__init__()
-        if not lr >= 0: raise ValueError(f"lr={lr}: a learning rate is zero or more")
+        check_rate(lr)
         if not 0 <= beta < 1: raise ValueError(f"beta={beta}: the share of the velocity that stays lies in [0, 1)")
         self.lr, self.beta = lr, beta
 
@@ -274,7 +274,8 @@ class RandomStart(nn.Module):
         std: float | dict | None = None,  # a standard deviation for all tensors, or {name or prefix: value}; None for the model's
     ):
         super().__init__()
-        spreads = {n: s for name, s in (std.items() if isinstance(std, dict) else ()) for n in select(model, name)}
+        try: spreads = {n: s for name, s in (std.items() if isinstance(std, dict) else ()) for n in select(model, name)}
+        except ValueError as e: raise ValueError(str(e).replace("adapt=", "std=", 1)) from None
         params, self.shapes = dict(model.named_parameters()), {n: p.shape for n, p in model.named_parameters()}
         own = lambda n, p: p.detach().std(correction=0).item() if not isinstance(std, (int, float)) else std
         values = [(p.detach().mean().item(), spreads.get(n, own(n, p))) for n, p in params.items()]
