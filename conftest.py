@@ -24,7 +24,8 @@ if not IN_WORKER:  # workers inherit these: caches go to a folder of this run, n
 os.environ.setdefault("METANB_SCALE", "smoke")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it so
 # Read by torch when it is first imported, which is after this file: workers that share cores must not each start a thread for every core.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+# Only in the workers: what their parent sets they would inherit.
+if IN_WORKER: os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 
 def pytest_unconfigure():
