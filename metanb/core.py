@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'Point', 'select',
-           'check_rate', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean',
+           'check_number', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact', 'first_order', 'mean',
            'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'compiled', 'check_tasks', 'meta_grads',
            'scale', 'provenance']
 
-# %% ../nbs/00_core.ipynb #a51a57c3
+# %% ../nbs/00_core.ipynb #5e452623
 import copy, math, os, platform, warnings
 from functools import partial
 from typing import Callable, Iterator, NamedTuple
@@ -111,18 +111,27 @@ def select(
     if not chosen: raise ValueError(f"adapt={adapt!r} matches no parameter; the model's are {', '.join(names) or '(none)'}")
     return chosen
 
-# %% ../nbs/00_core.ipynb #5e4a41de
-def check_rate(lr: float) -> None:
-    "Refuses what is no learning rate."
-    try: fine = 0 <= lr < math.inf
-    except TypeError: raise TypeError(f"lr: got {type(lr).__name__}; a learning rate is a number, such as 0.01") from None
-    if not fine: raise ValueError(f"lr={lr}: a learning rate is zero or more, and finite")
+# %% ../nbs/00_core.ipynb #b9c12e5e
+def check_number(
+    least: float = 0.0,
+    above: float | None = None,  # a bound that the number itself must not be, instead of `least`
+    **numbers,
+) -> None:
+    "Raises an error naming the first of the arguments that isn't a finite number of `least` or more, or above `above`."
+    bound = least if above is None else above
+    said = f"{bound:g}" if bound else "zero"
+    want = f"{said} or more" if above is None else f"above {said}"
+    for name, n in numbers.items():
+        try: fine = (n >= least if above is None else n > above) and n < math.inf
+        except TypeError: raise TypeError(f"{name}={n!r}: give a number, {want}; got {type(n).__name__}") from None
+        if not fine: raise ValueError(f"{name}={n}: give a finite number, {want}")
 
+# %% ../nbs/00_core.ipynb #d705bd5c
 class SGD(nn.Module):
     "Gradient descent with a fixed rate: θ ← θ − α g."
     def __init__(self, lr: float = 0.01):
         super().__init__()
-        check_rate(lr)
+        check_number(lr=lr)
         self.lr = lr
 
     def init(self, params: Params) -> tuple:
@@ -234,7 +243,7 @@ def check_model(model: nn.Module, steps: int) -> None:
     if next(model.parameters(), None) is None: raise ValueError("model: it has no parameters, so there is nothing to learn")
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps={steps!r}: the number of inner steps is an integer, zero or more")
 
-# %% ../nbs/00_core.ipynb #4728f514
+# %% ../nbs/00_core.ipynb #fe7e971a
 def check_axes(**axes) -> None:
     "Refuses names and classes where a piece belongs."
     for axis, piece in axes.items():

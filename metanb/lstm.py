@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from .core import MetaLearner, Params, SGD, Task, add, check_rate
+from .core import MetaLearner, Params, SGD, Task, add, check_number
 from .data import ImageClasses, labelled
 from .maml import Adam, safe_sqrt
 from .models import MLP, conv_block
@@ -159,7 +159,7 @@ class RMSprop(nn.Module):
     "Gradients divided by the root of a running mean of their squares."
     def __init__(self, lr: float = 0.01, gamma: float = 0.99, eps: float = 1e-8):
         super().__init__()
-        check_rate(lr)
+        check_number(lr=lr)
         if not 0 <= gamma < 1: raise ValueError(f"gamma={gamma}: the share of the average that stays lies in [0, 1)")
         self.lr, self.gamma, self.eps = lr, gamma, eps
 
@@ -176,7 +176,7 @@ class Adagrad(nn.Module):
     "Gradients divided by the root of the sum of their squares."
     def __init__(self, lr: float = 0.01, eps: float = 1e-10):
         super().__init__()
-        check_rate(lr)
+        check_number(lr=lr)
         self.lr, self.eps = lr, eps
 
     def init(self, params: Params) -> Params:

@@ -10,7 +10,7 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .core import MetaLearner, Params, SGD, Task, add, check_rate, detach, first_order, surrogate
+from .core import MetaLearner, Params, SGD, Task, add, check_number, detach, first_order, surrogate
 
 # %% ../nbs/10_maml.ipynb #71d469f6
 def MAML(
@@ -62,7 +62,7 @@ class Adam(nn.Module):
     "Adam as an inner rule, differentiable also at zero gradients ([Kingma and Ba 2015](https://arxiv.org/abs/1412.6980))."
     def __init__(self, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
         super().__init__()
-        check_rate(lr)
+        check_number(lr=lr)
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1): raise ValueError(f"beta1={beta1}, beta2={beta2}: decay rates lie in [0, 1)")
         self.lr, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
 

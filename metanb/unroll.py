@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .core import MetaLearner, Params, Task, add, check_rate, exact, first_order, inner_step, last, mean, select, task_grads
+from .core import MetaLearner, Params, Task, add, check_number, exact, first_order, inner_step, last, mean, select, task_grads
 from .tasks import check_sizes
 from .train import History, check_parts, draw, evaluating, fit, own_randomness, placed, settings
 
@@ -52,7 +52,7 @@ class Momentum(nn.Module):
     "Gradient descent with momentum: v ← βv + g, θ ← θ − αv."
     def __init__(self, lr: float = 0.01, beta: float = 0.9):
         super().__init__()
-        check_rate(lr)
+        check_number(lr=lr)
         if not 0 <= beta < 1: raise ValueError(f"beta={beta}: the share of the velocity that stays lies in [0, 1)")
         self.lr, self.beta = lr, beta
 
