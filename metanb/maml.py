@@ -52,18 +52,19 @@ def Reptile(
     "Reptile: move the first weights towards the adapted ones ([Nichol et al. 2018](https://arxiv.org/abs/1803.02999))."
     return MAML(model, lr, steps, loss, **{"gradient": reptile, **axes})
 
-# %% ../nbs/10_maml.ipynb #ff4c0670
+# %% ../nbs/10_maml.ipynb #490ac04a
 def safe_sqrt(v: Tensor) -> Tensor:
     "√v with derivative 0, not ∞, at v = 0."
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
+# %% ../nbs/10_maml.ipynb #ff4c0670
 class Adam(nn.Module):
     "Adam as an inner rule, differentiable also at zero gradients ([Kingma and Ba 2015](https://arxiv.org/abs/1412.6980))."
     def __init__(self, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
         super().__init__()
-        check_number(lr=lr)
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1): raise ValueError(f"beta1={beta1}, beta2={beta2}: decay rates lie in [0, 1)")
+        check_number(lr=lr, beta1=beta1, beta2=beta2, eps=eps)
+        if max(beta1, beta2) >= 1: raise ValueError(f"beta1={beta1}, beta2={beta2}: decay rates lie in [0, 1)")
         self.lr, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
 
     def init(self, params: Params) -> tuple[Params, Params]:
