@@ -176,9 +176,21 @@ def test_annealing_reaches_a_compiled_meta_gradient():
     (lambda: MetaSGD(net(), lr=-1.0), "lr=-1.0"), (lambda: LSLR(net(), lr=(0.1, 0.0)), r"lr=\(0.1, 0.0\)"), (lambda: MADAM(net(), lr=0.0), "lr=0.0"),
     (lambda: LSLR(net(), steps=0), "steps=0"), (lambda: MADAM(net(), beta1=1.0), "beta1=1.0"), (lambda: MADAM(net(), beta2=0.0), "beta2=0.0"),
     (lambda: MultiStep(0), "steps=0"), (lambda: MultiStep(3, over=0), "over=0"),
+    (lambda: MultiStep(1.5), "steps=1.5"), (lambda: MultiStep(3, over=1.5), "over=1.5"), (lambda: MultiStep("3"), "steps='3'"),
+    (lambda: MADAM(net(), lr=float("inf")), "lr=inf"), (lambda: MADAM(net(), eps=-1e-8), "eps=-1e-08"), (lambda: Adam(eps=-1.0), "eps=-1.0"),
+    (lambda: Adam(beta1=-0.1), "beta1=-0.1"), (lambda: Adam(beta2=float("nan")), "beta2=nan"),
     (lambda: MetaLearner(net(), steps=2, objective=MultiStep(3))(Task(*(t[0] for t in sines()))), r"MultiStep\(3\) in a learner of 2 steps")])
 def test_misuse_is_named(make, says):
     with pytest.raises(ValueError, match=says): make()
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: MetaSGD(net(), lr="x"), "lr='x': give a learning rate"), (lambda: LSLR(net(), lr="0.1"), "lr='0.1': give a learning rate"),
+    (lambda: LSLR(net(), lr=(0.1, 0.2, 0.3)), r"lr=\(0.1, 0.2, 0.3\): .*\(low, high\)"), (lambda: MetaSGD(net(), lr=(0.1, "x")), "lr="),
+    (lambda: MADAM(net(), lr="x"), "lr='x': give a number"), (lambda: MADAM(net(), beta1="0.9"), "beta1='0.9': give a number"),
+    (lambda: MADAM(net(), eps="x"), "eps='x': give a number"), (lambda: Adam(beta2="x"), "beta2='x': give a number")])
+def test_what_is_no_number_is_named(make, says):
+    with pytest.raises(TypeError, match=says): make()
 
 
 @pytest.mark.cuda
