@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vjp
 from torch.nn import functional as F
-from .core import MetaLearner, Params, SGD, Task, add, detach, dot, inner_loop, surrogate
+from .core import MetaLearner, Params, SGD, Task, add, check_number, detach, dot, inner_loop, surrogate
 from .tasks import check_sizes
 
-# %% ../nbs/12_imaml.ipynb #e957ce7d
+# %% ../nbs/12_imaml.ipynb #1dcb01c7
 def quotient(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
     "a / b where the mask is set, and 0 elsewhere without ever dividing by 0."
     return torch.where(where, a / torch.where(where, b, 1.0), 0.0)
 
+# %% ../nbs/12_imaml.ipynb #e957ce7d
 def conjugate_gradients(
     matvec: Callable[[Params], Params],  # v ↦ A v for a symmetric A
     b: Params,
@@ -57,7 +58,7 @@ def implicit(learner: "Proximal", task: Task) -> Tensor:
 # %% ../nbs/12_imaml.ipynb #08c43874
 def check_proximal(learner: "Proximal", lam: float) -> None:
     "Refuses what has no implicit gradient, by name."
-    if not 0 < lam < math.inf: raise ValueError(f"lam={lam}: the strength of the pull to the start is positive; the paper's is 2.0")
+    check_number(above=0.0, lam=lam)
     check_sizes(cg_steps=learner.cg_steps)
     if learner.gradient is not implicit: return
     if list(learner.objective.at(learner.steps)) != [learner.steps]:

@@ -183,6 +183,8 @@ def test_solver_settings_and_types():
     with pytest.raises(ValueError, match="cg_steps=0"): NewtonCG(0)
     with pytest.raises(ValueError, match="halvings=-1"): NewtonCG(halvings=-1)
     with pytest.raises(TypeError, match="cg_steps=2.5"): IMAML(tanh_net(), cg_steps=2.5)
+    with pytest.raises(TypeError, match="lam='2': give a number"): IMAML(tanh_net(), lam="2")
+    with pytest.raises(TypeError, match="lr='0.1': give a number"): IMAML(tanh_net(), lr="0.1")
     IMAML(tanh_net(), rule=LearnedRate(), gradient=exact)  # learned rates are fine where the path counts
     assert isinstance(IMAML(tanh_net()), Proximal) and IMAML(tanh_net()).gradient is implicit
 
