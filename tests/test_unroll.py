@@ -18,8 +18,8 @@ from metanb.models import Conv4
 from metanb.pcgrad import pcgrad
 from metanb.tasks import FewShot, Sinusoid, Stream
 from metanb.train import evaluate, fit
-from metanb.unroll import (Along, FiniteOnly, Momentum, Recomputed, StreamLearner, Truncated, begin, choose_segment, fit_truncated, loss_curves,
-                           peak_memory, recompute, segment_grads, unrolled)
+from metanb.unroll import (Along, FiniteOnly, Momentum, RandomStart, Recomputed, StreamLearner, Truncated, begin, check_stream, choose_segment,
+                           fit_truncated, loss_curves, peak_memory, recompute, segment_grads, unrolled)
 
 F64 = torch.float64
 
@@ -54,6 +54,15 @@ def learner(gradient=exact, model=None, dtype=F64, **axes):
 
 
 def first_of(tasks): return Task(*(t[0] for t in tasks))
+
+
+def sines_only(): return Sinusoid(shots=6, queries=6)
+
+
+def overflowed():
+    model = net()
+    with torch.no_grad(): model[0].weight[0, 0] = math.inf
+    return model
 
 
 @pytest.mark.parametrize("inner", [exact, first_order])
@@ -241,6 +250,17 @@ def test_pieces_copy_and_pickle(piece):
     for other in (copy.deepcopy(piece), pickle.loads(pickle.dumps(piece))): assert repr(other).split(" at ")[0] == repr(piece).split(" at ")[0]
 
 
+@pytest.mark.parametrize("x, y, fine", [
+    (torch.zeros(4, 8, 3), torch.zeros(4, 8, 1), True), (torch.zeros(4, 8, 1, 5, 5), torch.zeros(4, 8, dtype=torch.int64), True),
+    (torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4, 8, dtype=torch.int64), True), (torch.zeros(4, 3), torch.zeros(4, 1), False),
+    (torch.zeros(4, 1, 5, 5), torch.zeros(4, dtype=torch.int64), False), (torch.zeros(4, 2, 5, 5), torch.zeros(4, 3), False)],
+    ids=["rows", "images", "tokens", "ordinary-rows", "ordinary-images", "ordinary-images-regression"])
+def test_what_passes_for_a_stream(x, y, fine):
+    if fine: check_stream(x, y)
+    else:
+        with pytest.raises(ValueError, match="minibatches"): check_stream(x, y)
+
+
 @pytest.mark.parametrize("call, error, text", [
     (lambda: Along(every=0), ValueError, "every=0"), (lambda: Along(on="x"), ValueError, "on='x'"), (lambda: Along(reduce="max"), ValueError, "reduce='max'"),
     (lambda: Along(start=5).at(4), ValueError, "start earlier"), (lambda: Recomputed(0), ValueError, "segment=0"), (lambda: Truncated(0), ValueError, "unroll=0"),
@@ -248,6 +268,20 @@ def test_pieces_copy_and_pickle(piece):
     (lambda: MAML(net(), rule=NewtonCG(), gradient=Recomputed())(first_of(sines())), ValueError, "a loop of its own"),
     (lambda: fit_truncated(learner(), stream(), 1), ValueError, "unroll: how many"), (lambda: fit_truncated(learner(), 3, 1, 2), TypeError, "sampler"),
     (lambda: fit_truncated(learner(objective=Along(every=9)), stream(), 1, 3, progress=False), ValueError, "reads no loss after steps 1 to 3"),
-    (lambda: choose_segment(learner(), stream().sample(2), memory=10), ValueError, "memory=10"), (lambda: loss_curves(learner(), stream().sample(2), -1), ValueError, "steps=-1")])
+    (lambda: choose_segment(learner(), stream().sample(2), memory=10), ValueError, "memory=10"), (lambda: loss_curves(learner(), stream().sample(2), -1), ValueError, "steps=-1"),
+    (lambda: Along(1.5), TypeError, "every=1.5"), (lambda: Along(start=1.5), TypeError, "start=1.5"), (lambda: Momentum(beta="x"), TypeError, "beta='x'"),
+    (lambda: loss_curves(learner(), stream().sample(2), on="both"), ValueError, "on='both': use 'query' or 'support'"),
+    (lambda: loss_curves(net(), stream().sample(2)), TypeError, "learner: expected a MetaLearner.*Sequential"),
+    (lambda: loss_curves(learner(), first_of(stream().sample(2))), ValueError, "leading dimension T"), (lambda: loss_curves(learner(), stream().sample(2), chunk=0), ValueError, "chunk=0"),
+    (lambda: choose_segment(learner(), stream().sample(2), memory="1 GB"), TypeError, "memory='1 GB': give a number"),
+    (lambda: fit_truncated(net(), stream(), 1, 2), TypeError, "learner: expected a MetaLearner"), (lambda: FiniteOnly("mean"), TypeError, "combine='mean'"),
+    (lambda: recompute(torch.sin, torch.ones(2)), TypeError, "module: got .*Method"), (lambda: unrolled(learner(), first_of(stream().sample(2)), how="cutt"), ValueError, "how='cutt'"),
+    (lambda: RandomStart(3), TypeError, "model: expected a torch.nn.Module"), (lambda: RandomStart(net(), std="1"), TypeError, "std='1': give a number"),
+    (lambda: RandomStart(net(), std={"0": "1"}), TypeError, "std='1'"), (lambda: RandomStart(net(), std=[1.0]), TypeError, "std=.1.0.: give a number"),
+    (lambda: RandomStart(net(), std=math.inf), ValueError, "std=inf"), (lambda: RandomStart(overflowed()), ValueError, "model: the weights of 0.weight"),
+    (lambda: fit(learner(), sines_only(), 1, 2, progress=False), ValueError, r"tasks: .*\(6, 1\).*minibatches.*Stream.*MAML"),
+    (lambda: evaluate(learner(), sines_only(), 2), ValueError, r"tasks: .*\(6, 1\).*minibatches"),
+    (lambda: fit_truncated(learner(), sines_only(), 1, 2, progress=False), ValueError, r"tasks: .*\(6, 1\).*minibatches"),
+    (lambda: learner().predict(*first_of(stream().sample(1))[:3], steps=-1), ValueError, "steps=-1")])
 def test_bad_input_is_named(call, error, text):
     with pytest.raises(error, match=text): call()
