@@ -921,17 +921,16 @@ def add_tasks(p: Parser, fixed: bool = False) -> None:
                                                    "full is the papers' length, for a GPU (METANB_SCALE, or quick)")
     p.add_argument("--no-progress", dest="progress", action="store_false", help="say nothing while working")
 
-# %% ../nbs/40_cli.ipynb #edf750bd
+# %% ../nbs/40_cli.ipynb #b739b579
 def check_out(folder: str | os.PathLike) -> Path:
-    "The folder for results, made if need be; refused where it holds files of the same names that no comparison wrote."
+    "The folder for results, made when they are written; refused where it holds files of the same names that no comparison wrote."
     folder, (document, picture) = Path(folder).expanduser(), result_files(Path(folder).expanduser())
-    if folder.exists() and not folder.is_dir(): raise Refused(f"--out {folder} is a file: give a folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir(): raise Refused(f"--out {folder}: {there} is a file: give a folder")
+    if not os.access(there, os.W_OK): raise Refused(f"--out {folder} can't be written to: give another folder")
     if document.exists():
         with choosing("--out: "): load_results(document)
     elif picture.exists(): raise Refused(f"--out {folder} holds a {picture.name} that isn't from here: give another folder")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise Refused(f"--out {folder} can't be made ({error.strerror}): give another folder") from error
-    if not os.access(folder, os.W_OK): raise Refused(f"--out {folder} can't be written to: give another folder")
     return folder
 
 # %% ../nbs/40_cli.ipynb #b874c53f
