@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOLDEN', 'ROUNDS', 'signed', 'scramble', 'task_keys', 'hashed_bits', 'uniform', 'normal', 'choose', 'check_sizes',
            'Sampler', 'within', 'check_ranges', 'check_dtype', 'Sinusoid', 'Quadratic', 'tile', 'as_float', 'rotate',
-           'numbers', 'family_list', 'image_tensor', 'per_class', 'few_shot_task', 'FewShot', 'check_request',
+           'numbers', 'family_list', 'image_tensor', 'per_class', 'few_shot_task', 'check_request', 'FewShot',
            'show_task', 'minibatches', 'held_out', 'Stream']
 
 # %% ../nbs/01_tasks.ipynb #2d8fcde9
@@ -85,13 +85,17 @@ def choose(
     if allowed is not None: bits = bits.where(allowed, -(2**63))
     return bits.topk(k).indices
 
-# %% ../nbs/01_tasks.ipynb #b973a6dd
-def check_sizes(least: int = 1, **sizes) -> None:
+# %% ../nbs/01_tasks.ipynb #6fbd37e3
+def check_sizes(
+    least: int | None = 1,  # None where any whole number will do
+    **sizes,
+) -> None:
     "Raises an error naming the first of the arguments that isn't a whole number of `least` or more."
     for name, n in sizes.items():
         if isinstance(n, bool) or not hasattr(n, "__index__"): raise TypeError(f"{name}={n!r}: give a whole number")
-        if n < least: raise ValueError(f"{name}={n}: give a whole number of at least {least}")
+        if least is not None and n < least: raise ValueError(f"{name}={n}: give a whole number of at least {least}")
 
+# %% ../nbs/01_tasks.ipynb #b973a6dd
 class Sampler:
     "A source of tasks: task number start + i of step `step` depends on (seed, step, start + i) alone."
     device = None
@@ -99,13 +103,13 @@ class Sampler:
     def sample(
         self,
         T: int,  # how many tasks
-        seed: int = 0,
+        seed: int = 0,  # any whole number
         step: int = 0,
         start: int = 0,  # number of the first task
     ) -> Task:  # tensors [T, ...]
         "A batch of tasks, a pure function of the arguments."
         check_sizes(T=T)
-        check_sizes(0, step=step, start=start)
+        check_sizes(0, step=step, start=start); check_sizes(None, seed=seed)
         return self.draw(task_keys(T, seed, step, start, self.device))
 
     def draw(self, keys: Tensor) -> Task:
@@ -128,7 +132,7 @@ def within(u: Tensor, bounds: tuple[float, float]) -> Tensor:
 def check_ranges(**ranges) -> None:
     "Raises an error naming the first of the arguments that isn't a pair (low, high)."
     for name, bounds in ranges.items():
-        try: low, high = map(float, bounds)
+        try: low, high = (0.0 + bound for bound in bounds)
         except (TypeError, ValueError): raise TypeError(f"{name}={bounds!r}: give two numbers (low, high)") from None
         if not -math.inf < low <= high < math.inf: raise ValueError(f"{name}={bounds!r}: low must be at most high, both finite")
 
@@ -252,6 +256,7 @@ def family_list(
     if families is True: raise ValueError(f"ways={ways}: the largest family has {sizes.max()} classes; use fewer ways or families=None")
     names, size = list(names or ()), dict(zip(ids.tolist(), sizes.tolist()))
     wanted = [families] if isinstance(families, (str, int)) else list(families)
+    if not wanted: raise ValueError(f"families={families!r}: give a family's name or number, or several, or True for all")
     chosen = [names.index(f) if f in names else int(f) if not isinstance(f, str) else f for f in wanted]
     for f, have in zip(wanted, (size.get(number, 0) for number in chosen)):
         there = ", ".join(f"{names[i] if names else i} ({k})" for i, k in size.items())
@@ -289,6 +294,26 @@ def few_shot_task(
     *batch, ways, n = images.shape[:-3]
     label = lambda k: torch.arange(ways, device=images.device).repeat_interleave(k).expand(*batch, ways * k)
     return Task(images[..., :shots, :, :, :].flatten(-5, -4), label(shots), images[..., shots:, :, :, :].flatten(-5, -4), label(n - shots))
+
+# %% ../nbs/01_tasks.ipynb #6609134f
+def check_request(
+    sampler,  # its ways, shots, queries and rotations
+    images: Tensor,  # [class, image, C, H, W]
+    classes: Tensor,  # [S] the classes to choose from
+    counts: Tensor | None,  # [class] images that a class really has
+    n: int,  # classes that a task chooses from, quarter turns included
+) -> None:
+    "Raises an error naming what the images can't give."
+    need, (height, width) = sampler.shots + sampler.queries, images.shape[-2:]
+    if sampler.ways > n: raise ValueError(f"ways={sampler.ways}: there are {n} classes; use at most {n} ways")
+    if sampler.rotations and height != width: raise ValueError(f"rotations=True: images are {height} × {width}; give square ones")
+    if counts is not None and counts.max() > images.shape[1]:
+        raise ValueError(f"counts: class {counts.argmax()} has {counts.max()}, but there are {images.shape[1]} images; "
+                         "count those that are there")
+    have = torch.full_like(classes, images.shape[1]) if counts is None else counts[classes]
+    short = (have < need).nonzero()[:, 0]
+    if len(short): raise ValueError(f"shots + queries = {need}: class {classes[short[0]]} has {have[short[0]]} images; "
+                                    "ask for fewer, or leave the class out of `classes`")
 
 # %% ../nbs/01_tasks.ipynb #233dd30c
 @dataclass(frozen=True, eq=False, repr=False)
@@ -355,18 +380,6 @@ class FewShot(Sampler):
         families = "" if self.families is None else f" in {len(self.families)} families, one a task,"
         return (f"FewShot({self.ways}-way {self.shots}-shot, {self.queries} queries a class; "
                 f"{count} classes{families} of {self.images.shape[1]} images {size}; {self.device})")
-
-def check_request(sampler, images: Tensor, classes: Tensor, counts: Tensor | None, n: int) -> None:
-    "Raises an error naming what the images can't give."
-    need, (height, width) = sampler.shots + sampler.queries, images.shape[-2:]
-    if sampler.ways > n: raise ValueError(f"ways={sampler.ways}: there are {n} classes; use at most {n} ways")
-    if sampler.rotations and height != width: raise ValueError(f"rotations=True: images are {height} × {width}; give square ones")
-    if counts is not None and counts.max() > images.shape[1]:
-        raise ValueError(f"counts: class {counts.argmax()} has {counts.max()}, but there are {images.shape[1]} images; count those that are there")
-    have = torch.full_like(classes, images.shape[1]) if counts is None else counts[classes]
-    short = (have < need).nonzero()[:, 0]
-    if len(short): raise ValueError(f"shots + queries = {need}: class {classes[short[0]]} has {have[short[0]]} images; "
-                                    "ask for fewer, or leave the class out of `classes`")
 
 # %% ../nbs/01_tasks.ipynb #f625fac1
 def show_task(
