@@ -141,7 +141,7 @@ def test_state_dict_holds_the_meta_parameters_and_loads_back():
 
 
 def test_a_copy_of_a_compiled_learner_computes_its_own_gradients(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f: f)  # what is tested is the cache, not the compiler
+    monkeypatch.setattr(torch, "compile", lambda f, mode: f)  # what is tested is the cache, not the compiler
     learner, tasks = MetaLearner(MODELS["mlp"](), rule=SGD(0.1)), regression(dtype=torch.float32)
     meta_grads(learner, tasks, compile=True)
     other = copy.deepcopy(learner)
@@ -152,7 +152,7 @@ def test_a_copy_of_a_compiled_learner_computes_its_own_gradients(monkeypatch):
 
 
 def test_compiling_that_fails_runs_uncompiled_and_says_so_once(monkeypatch):
-    def broken(f):
+    def broken(f, mode):
         def run(*args): raise RuntimeError("no C++ compiler")
         return run
     monkeypatch.setattr(torch, "compile", broken)
