@@ -237,7 +237,7 @@ class Truncated(nn.Module):
 
     def extra_repr(self) -> str: return f"unroll={self.unroll}, first_order={self.first_order}"
 
-# %% ../nbs/05_unroll.ipynb #719df4cb
+# %% ../nbs/05_unroll.ipynb #ebc4bbf8
 def check_stream(x: Tensor, y: Tensor) -> None:
     "Refuses the support set of an ordinary task where a stream of minibatches belongs."
     numbers = x.is_floating_point() and x.ndim < 3  # [N, inputs] would pass for N minibatches of numbers
@@ -245,6 +245,7 @@ def check_stream(x: Tensor, y: Tensor) -> None:
     raise ValueError(f"tasks: a support set has x {tuple(x.shape)} and y {tuple(y.shape)}; a StreamLearner takes minibatches, x and y "
                      "[steps, batch, ...], as `tasks.Stream` draws them; for ordinary tasks use MAML or MetaLearner")
 
+# %% ../nbs/05_unroll.ipynb #8de707b9
 class StreamLearner(MetaLearner):
     "A `MetaLearner` whose support set is a stream of minibatches, x [steps, batch, ...]; step k sees the k-th."
     def minibatch(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -318,7 +318,17 @@ def test_flooded_learner_is_optim_on_the_flooded_loss():
     (lambda: emphasis(CURVE, power=-1.0), ValueError, "power=-1.0"),
     (lambda: Flooded(net(), level=-0.1), ValueError, "level=-0.1"),
     (lambda: Flooded(net(), level=math.inf), ValueError, "level=inf"),
+    (lambda: Flooded(net(), level="0.1"), TypeError, "level='0.1': give a number"),
+    (lambda: flood(CURVE, -1.0), ValueError, "level=-1.0: give a finite number, zero or more"),
+    (lambda: Shaped(s="x"), TypeError, "s='x': give a positive number or a tensor; got str"),
+    (lambda: Shaped(s=1.0, z=None), TypeError, "z=None: give a finite number"),
+    (lambda: Shaped(s=1.0, a="x"), TypeError, "a='x': give a finite number"),
+    (lambda: Shaped(every=1.5, s=1.0), TypeError, "every=1.5: give a whole number"),
+    (lambda: shaped_loss(CURVE, "3"), TypeError, "s='3': give a positive number"),
+    (lambda: emphasis(CURVE, power="1"), TypeError, "power='1': give a number"),
+    (lambda: fit_shape(CURVE, t=torch.arange(4)), ValueError, "t: 4 for 5 losses"),
 ], ids=["list", "integers", "scalar", "empty", "weights", "s-zero", "s-nan", "z-inf", "kind", "t", "short", "nan", "shaped-s", "shaped-kind",
-        "signed-learned", "z-learned", "every", "power", "level", "level-inf"])
+        "signed-learned", "z-learned", "every", "power", "level", "level-inf", "level-word", "flood-below-zero", "s-word", "z-none", "a-word",
+        "every-fraction", "loss-s-word", "power-word", "fit-times"])
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says.replace("'", ".")): call()
