@@ -564,7 +564,7 @@ def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, 
     if checkpoint is not None: out.append(Checkpoint(checkpoint, checkpoint_every))
     return [*out, Progress()] if progress else out
 
-# %% ../nbs/04_train.ipynb #1b0af3f8
+# %% ../nbs/04_train.ipynb #d485f79c
 def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "auto") -> Callable:
     "The run's (meta_params, step) -> (one gradient, losses), with what is 'auto' decided."
     if chunk == "auto" and run.chunk == "auto":  # a resumed run goes on as it began
@@ -613,6 +613,7 @@ def fit(
     run = Run(learner, sampler, opt, scheduler, steps, tasks, seed, combine, params, History())
     run.callbacks = watchers(run, validation, validate_every, validation_tasks, metric, callbacks, checkpoint, checkpoint_every, progress)
     device, meta_params = placed(learner)[0], {n: p.detach() for n, p in params.items()}
+    share(tasks)  # too few tasks for the processes are refused before anything is sent
     start_alike(learner)
     if checkpoint is not None and resume: restore(run, checkpoint)
     with precise(precision, device):
