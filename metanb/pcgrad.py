@@ -4,29 +4,31 @@
 
 # %% auto #0
 __all__ = ['check_grads', 'flatten', 'unflatten', 'cosines', 'conflict', 'conflicting', 'orders', 'project', 'pcgrad',
-           'meta_pcgrad', 'WatchConflict']
+           'meta_pcgrad', 'Grouped', 'WatchConflict']
 
 # %% ../nbs/13_pcgrad.ipynb #1a0532b4
 import math
-from typing import Callable
+from typing import Callable, Sequence
 import torch
 from torch import Tensor
-from .core import Params, add, mean
-from .tasks import choose, task_keys
-from .train import label
+from .core import Params, Task, add, mean
+from .tasks import Sampler, check_sizes, choose, task_keys
+from .train import derive, label
 
-# %% ../nbs/13_pcgrad.ipynb #2d6fda4d
+# %% ../nbs/13_pcgrad.ipynb #9125e345
 def check_grads(
     grads: Params,  # {name: [T, *shape]}
 ) -> int:  # T
     "Refuses what is not a gradient for every task and parameter."
     if not isinstance(grads, dict) or not all(isinstance(g, Tensor) for g in grads.values()):
-        raise TypeError(f"grads: expected {{name: [T, *shape]}}, the first of the two that `meta_grads` returns, got {type(grads).__name__}")
+        raise TypeError("grads: expected {name: [T, *shape]}, the first of the two that `meta_grads` returns, "
+                        f"got {type(grads).__name__}")
     sizes = {n: tuple(g.shape) for n, g in grads.items()}
     if len({s[:1] for s in sizes.values()}) != 1 or any(s[:1] in ((), (0,)) for s in sizes.values()):
         raise ValueError(f"grads: every tensor needs the same leading dimension T, one gradient a task; got {sizes}")
     return len(next(iter(grads.values())))
 
+# %% ../nbs/13_pcgrad.ipynb #2d6fda4d
 def flatten(
     grads: Params,  # {name: [T, *shape]}
 ) -> Tensor:  # [T, P]
@@ -92,7 +94,7 @@ def pcgrad(
     grads: Params,  # {name: [T, *shape]}
     seed: int | None = None,  # of the orders; None: from torch's generator, which `fit` seeds anew for each step
 ) -> Params:  # {name: [*shape]}
-    "The mean of the tasks' gradients after projecting each off those it conflicts with ([Yu et al. 2020](https://arxiv.org/abs/2001.06782))."
+    "The mean of the tasks' gradients, each projected off those it conflicts with ([Yu et al. 2020](https://arxiv.org/abs/2001.06782))."
     rows = flatten(grads)
     cos, length = cosines(rows)
     A = project(cos, orders(len(rows), seed, rows.device))
@@ -108,14 +110,35 @@ def meta_pcgrad(
     "PCGrad between the mean meta-gradients of groups of consecutive tasks."
     T = check_grads(grads)
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or T % groups:
-        raise ValueError(f"groups={groups!r}: {T} tasks divide into {', '.join(str(d) for d in range(1, T + 1) if T % d == 0)} equal groups")
+        equal = ", ".join(str(d) for d in range(1, T + 1) if T % d == 0)
+        raise ValueError(f"groups={groups!r}: {T} tasks divide into {equal} equal groups")
     return pcgrad({n: g.unflatten(0, (groups, -1)).mean(1) for n, g in grads.items()}, seed)
+
+# %% ../nbs/13_pcgrad.ipynb #4b7df85f
+class Grouped(Sampler):
+    "As many tasks from each of G samplers, group after group: `Grouped(parts)` with `partial(meta_pcgrad, groups=len(parts))`."
+    def __init__(self, parts: Sequence):
+        if len(parts) < 1: raise ValueError("parts: give one sampler or more, each the source of a group")
+        self.parts = list(parts)
+
+    def sample(self, T: int, seed: int = 0, step: int = 0, start: int = 0) -> Task:
+        "T / G tasks of every part, each part with a seed of its own; where G doesn't divide T, some have one more."
+        G = len(self.parts)
+        if start % G: raise ValueError(f"start={start}: a batch of {G} groups starts at a multiple of {G}")
+        ends = [-(-k * T // G) for k in range(G + 1)]
+        sizes = [end - begin for begin, end in zip(ends, ends[1:])]
+        groups = [part.sample(n, derive(seed, k), step, start // G) for k, (part, n) in enumerate(zip(self.parts, sizes)) if n]
+        return Task(*map(torch.cat, zip(*groups)))
+
+    def to(self, device) -> "Grouped":
+        "The same sampler on another device."
+        return Grouped([part.to(device) for part in self.parts])
 
 # %% ../nbs/13_pcgrad.ipynb #2f19c1cd
 class WatchConflict:
     "A combiner that hands the gradients on to another one and keeps their cosines, one [T, T] matrix in `every` calls."
     def __init__(self, combine: Callable[[Params], Params] = mean, every: int = 1):
-        if every < 1: raise ValueError(f"every={every}: keep one matrix in so many calls, 1 or more")
+        check_sizes(every=every)
         self.combine, self.every, self.calls, self.cosines = combine, every, 0, []
         self.__name__ = label(combine)  # what a checkpoint calls the run's combiner
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from metanb.core import MetaLearner, SGD, mean, meta_grads
-from metanb.pcgrad import WatchConflict, conflict, conflicting, flatten, meta_pcgrad, orders, pcgrad
+from metanb.pcgrad import Grouped, WatchConflict, conflict, conflicting, flatten, meta_pcgrad, orders, pcgrad
 from metanb.tasks import Sinusoid
-from metanb.train import fit
+from metanb.train import derive, fit
 
 SHAPES = {"a.weight": (4, 3), "a.bias": (4,), "gain": (), "none": (0, 2)}
 
@@ -136,6 +136,8 @@ def test_errors_name_the_argument():
     for wrong in ((grads, torch.ones(6)), [torch.ones(3, 2)], {"w": [1.0, 2.0]}):
         with pytest.raises(TypeError, match="grads: expected"): conflict(wrong)
     with pytest.raises(ValueError, match="every=0"): WatchConflict(every=0)
+    for wrong in (1.5, "2", None):
+        with pytest.raises(TypeError, match=f"every={wrong!r}: give a whole number"): WatchConflict(every=wrong)
 
 
 # ---- through fit
@@ -176,6 +178,24 @@ def test_the_cosines_are_those_of_the_tasks_own_gradients():
     alone = [torch.cat([g.flatten() for g in meta_grads(learner(), type(tasks)(*(t[i : i + 1] for t in tasks)))[0].values()]) for i in range(5)]
     want = torch.stack([torch.stack([torch.cosine_similarity(a, b, dim=0) for b in alone]) for a in alone])
     assert_close(conflict(grads), want, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_tasks_are_those_that_meta_pcgrad_takes_apart():
+    parts = [Sinusoid(shots=5, amplitude=(a, a)) for a in (1.0, 2.0, 4.0)]
+    tasks = Grouped(parts).sample(6, seed=1, step=3)
+    largest = torch.cat([tasks.y, tasks.yq], 1).abs().amax((1, 2)).tolist()
+    for i, a in enumerate((1, 1, 2, 2, 4, 4)): assert largest[i] <= a
+    grads, _ = meta_grads(learner(), tasks)
+    mine = {n: g.view(3, 2, *g.shape[1:]).mean(1) for n, g in grads.items()}
+    for n, g in meta_pcgrad(grads, groups=len(parts), seed=0).items(): assert_close(g, pcgrad(mine, seed=0)[n])
+    for again, first in zip(Grouped(parts).to("cpu").sample(6, seed=1, step=3), tasks): assert torch.equal(again, first)
+    for start in (1, 2):
+        with pytest.raises(ValueError, match=f"start={start}: a batch of 3 groups starts at a multiple of 3"): Grouped(parts).sample(3, start=start)
+    for T, sizes in ((1, [1, 0, 0]), (2, [1, 1, 0]), (4, [2, 1, 1]), (9, [3, 3, 3])):  # any number of tasks, shared out as evenly as can be
+        batch = Grouped(parts).sample(T, seed=1)
+        each = [part.sample(max(1, n), seed=derive(1, k)).x[:n] for k, (part, n) in enumerate(zip(parts, sizes))]
+        assert torch.equal(batch.x, torch.cat(each))
+    with pytest.raises(ValueError, match="parts: give one sampler or more"): Grouped([])
 
 
 @pytest.mark.cuda
