@@ -59,7 +59,7 @@ def own_randomness(device: torch.device):
     "Leaves torch's random state after the block as it was before."
     with torch.random.fork_rng([device] if device.type == "cuda" else []): yield
 
-# %% ../nbs/04_compute.ipynb #af92e7ae
+# %% ../nbs/04_compute.ipynb #a02c982f
 PRECISIONS = None, "float32", "tf32", "bf16"
 
 def check_precision(precision: str | None) -> None:
@@ -75,10 +75,10 @@ def precise(
 ):
     "A block in which matrix products and convolutions have this precision."
     check_precision(precision)
+    if precision is None: yield; return  # even setting what is set already would make torch compile anew
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if precision is not None:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # no cache of cast weights: what is cast inside `grad` or `vmap` must not be met again outside
     half = torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False) if precision == "bf16" else contextlib.nullcontext()
     try:
