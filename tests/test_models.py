@@ -94,8 +94,18 @@ def test_the_same_on_a_gpu(make, shape):
     (lambda: Conv4(stride=0), r"stride=0: use 2 \(strided convolutions\) or 1 \(max-pooling\)"),
     (lambda: Conv4(stride=1, size=15), r"size=15: give a whole number of at least 16"),
     (lambda: ResNet12(widths=(4, 4, 4, 0)), r"widths\[3\]=0"),
+    (lambda: MLP(1, 4, 1, std=-1), r"std=-1: give a finite number, above zero"),
+    (lambda: MLP(1, 4, 1, std=0), r"std=0: give a finite number, above zero"),
+    (lambda: ResNet12(widths=64), r"widths=64: give the filters of the four blocks"),
+    (lambda: ResNet12(widths=(8, 8)), r"widths=\(8, 8\): give the filters of the four blocks"),
     (lambda: Autoencoder(latent=0), r"latent=0"),
     (lambda: Autoencoder(planes=3), r"planes=3: the last layers have half as many"),
 ])
 def test_impossible_sizes_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message): make()
+
+
+@pytest.mark.parametrize("wrong", [nn.functional.relu, nn.ReLU(), "relu", None, dict], ids=["function", "module", "name", "none", "another class"])
+def test_an_activation_is_made_by_a_class_or_a_function_of_nothing(wrong):
+    with pytest.raises(TypeError, match="activation=.*give the class of a module, such as nn.ReLU"): MLP(1, 4, 1, activation=wrong)
+    assert isinstance(MLP(1, 4, 1, activation=lambda: nn.LeakyReLU(0.3)).body[1], nn.LeakyReLU)
