@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from .core import Learner, MetaLearner, SGD, Task, check_model, select, set_norm, skeleton
+from .core import Learner, MetaLearner, SGD, Task, check_model, check_number, select, set_norm, skeleton
 from .tasks import check_sizes
 
 # %% ../nbs/20_baselines.ipynb #d580a8f4
@@ -43,6 +43,7 @@ class Pretrained(MetaLearner):
         super().__init__(model, **{"rule": SGD(lr), "steps": steps, "loss": loss, **axes})
         self.classes, self.head = classes, select(model, "head")[0].rpartition(".")[0]
         if classes is None: return
+        check_sizes(classes=classes)
         wide, narrow = copy.deepcopy(model), model.get_submodule(self.head)
         if not self.head or not isinstance(narrow, nn.Linear):
             raise TypeError(f"model: to learn {classes} classes it needs a body and a last nn.Linear, got {type(narrow).__name__}")
@@ -76,6 +77,7 @@ class LabelColumns(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, y): return LabelColumns.apply(y.movedim(in_dims[0], 0)), 0
 
+# %% ../nbs/20_baselines.ipynb #a6daffe9
 def label_columns(
     y: Tensor,  # [N] int64, each of 0, 1, …, ways − 1 at least once
 ) -> Tensor:  # [N, ways] int64
@@ -83,7 +85,7 @@ def label_columns(
     if y.is_floating_point(): raise TypeError(f"y: got {y.dtype}; a learner that compares examples needs classes, give integer labels")
     return LabelColumns.apply(y)
 
-# %% ../nbs/20_baselines.ipynb #3f972800
+# %% ../nbs/20_baselines.ipynb #c19653d2
 def part_of(
     model: nn.Module,
     layer: str | None,  # the name of one of its submodules; None for the whole
@@ -95,6 +97,7 @@ def part_of(
         there = ", ".join(n for n, _ in model.named_children()) or "(none)"
         raise ValueError(f"layer={layer!r}: the model has no submodule of that name; there are {there}") from e
 
+# %% ../nbs/20_baselines.ipynb #3f972800
 class EmbeddingLearner(Learner):
     "Embeds support and query inputs in one forward pass and takes no steps; a subclass says how to `answer`."
     def __init__(
@@ -152,7 +155,7 @@ def freeze_norm(
     learner.norm = "running"
     return set_norm(learner, "running")
 
-# %% ../nbs/20_baselines.ipynb #dd2577e3
+# %% ../nbs/20_baselines.ipynb #d6450393
 def squared_distance(
     a: Tensor,  # [Q, D]
     b: Tensor,  # [N, D]
@@ -168,6 +171,7 @@ def by_class(
     "The values of each class's own examples."
     return torch.where(columns.mT == 1, values[:, None], fill)
 
+# %% ../nbs/20_baselines.ipynb #dd2577e3
 class NearestNeighbour(EmbeddingLearner):
     "The label of the nearest support example, in pixels or in a frozen embedding; there is nothing to train."
     def __init__(
@@ -187,7 +191,7 @@ class NearestNeighbour(EmbeddingLearner):
         if self.distance == "cosine": z, zq = F.normalize(z, dim=-1), F.normalize(zq, dim=-1)
         return -by_class(squared_distance(zq, z), label_columns(y), torch.inf).amin(-1)
 
-# %% ../nbs/20_baselines.ipynb #169cc93b
+# %% ../nbs/20_baselines.ipynb #753d9f94
 def head_of(
     model: nn.Module,
 ) -> tuple[str, nn.Module]:  # its name, "" for the model itself
@@ -205,6 +209,7 @@ def embedding_size(
         if isinstance(last, nn.Linear): return getattr(last, size)
     raise ValueError("features: the embedding doesn't end in an nn.Linear, so its length can't be read off; give features=D")
 
+# %% ../nbs/20_baselines.ipynb #169cc93b
 class Siamese(EmbeddingLearner):
     "Trained to tell whether two inputs are of one class, by a weighted L1 distance and a sigmoid (Koch et al. 2015)."
     def __init__(
@@ -224,7 +229,8 @@ class Siamese(EmbeddingLearner):
 
     def log_odds(self, z: Tensor, zq: Tensor) -> Tensor:
         "Whether each query [Q, D] and each support vector [N, D] match: log p / (1 − p), [Q, N]."
-        return self.join((zq[:, None] - z).abs())[..., 0]
+        if z.shape[-1] == self.join.in_features: return self.join((zq[:, None] - z).abs())[..., 0]
+        raise ValueError(f"features={self.join.in_features}: the model makes vectors of {z.shape[-1]}; give features={z.shape[-1]}")
 
     def answer(self, z: Tensor, y: Tensor, zq: Tensor) -> Tensor:
         columns = label_columns(y).to(z.dtype)
@@ -247,7 +253,7 @@ class MatchingNet(EmbeddingLearner):
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,  # (log-probabilities, labels) -> scalar
         norm: str = "batch",  # the statistics that normalising layers use, see `set_norm`
     ):
-        if not scale > 0: raise ValueError(f"scale={scale}: the factor of the cosine is positive")
+        check_number(above=0.0, scale=scale)
         super().__init__(model, layer, loss, norm)
         self.scale = scale
 
@@ -265,7 +271,7 @@ class ProtoNet(EmbeddingLearner):
         columns = label_columns(y).to(z.dtype)
         return -squared_distance(zq, columns.mT @ z / columns.sum(0)[:, None])
 
-# %% ../nbs/20_baselines.ipynb #ec909581
+# %% ../nbs/20_baselines.ipynb #24206d99
 class CrossBlock(nn.Module):
     "A transformer block: attention of `h` [M, width] to `context` [N, width], then a net on each vector."
     def __init__(self, width: int, heads: int):
@@ -282,6 +288,7 @@ class CrossBlock(nn.Module):
         h = h + self.out((attention @ v).movedim(0, -2).flatten(-2))
         return h + self.net(self.norm_out(h))
 
+# %% ../nbs/20_baselines.ipynb #ec909581
 class InContext(EmbeddingLearner):
     "A transformer that reads the support pairs and answers each query; for regression and for classification."
     def __init__(
