@@ -8,17 +8,18 @@ __all__ = ['FONTS', 'SCRIPTS', 'SCRIPT_NAMES', 'MARK', 'SUFFIXES', 'SOURCES', 'C
            'font_face', 'letters', 'draw', 'look', 'distinct', 'alphabet', 'inverse_affine', 'variants', 'glyphs',
            'write_cache', 'replace_file', 'read_cache', 'home_folder', 'data_root', 'cache_folders', 'fingerprint',
            'keep', 'cached', 'as_plain', 'to_size', 'read_image', 'inside', 'class_folders', 'family_index', 'gather',
-           'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'tinyimagenet_folders', 'ArraysOnly',
-           'read_pickle', 'by_label', 'cifar_pickles', 'read_idx', 'mnist_files', 'celeba_files', 'celeba_attributes',
-           'split_list', 'Source', 'register', 'by_torchvision', 'by_hub', 'save_rows', 'source_of', 'split_of',
-           'locate', 'pick_split', 'again', 'examine', 'build_source', 'glyph_print', 'recipe', 'load', 'as_folder',
-           'absent', 'share', 'folder_groups', 'folder', 'describe', 'faults', 'fetch', 'check']
+           'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'reading', 'tinyimagenet_folders', 'ArraysOnly',
+           'read_pickle', 'by_label', 'cifar_batch', 'cifar_pickles', 'read_idx', 'mnist_files', 'celeba_files',
+           'celeba_attributes', 'split_list', 'Source', 'register', 'by_torchvision', 'by_hub', 'save_rows',
+           'source_of', 'split_of', 'locate', 'pick_split', 'again', 'examine', 'build_source', 'glyph_print', 'recipe',
+           'load', 'as_folder', 'absent', 'share', 'folder_groups', 'folder', 'describe', 'faults', 'fetch', 'check']
 
-# %% ../nbs/02_data.ipynb #d6dab92a
+# %% ../nbs/02_data.ipynb #a86d7bea
 import codecs, contextlib, gzip, hashlib, json, os, pickle, shutil, time, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from glob import escape
 from importlib import resources
 from pathlib import Path
 from typing import Callable
@@ -264,14 +265,14 @@ def write_cache(
     for part in parts: digest.update(part)
     replace_file(path, [MARK + digest.hexdigest().encode() + b"\n", *parts])
 
-# %% ../nbs/02_data.ipynb #785e556a
+# %% ../nbs/02_data.ipynb #e72dde33
 def replace_file(
     path: Path,      # file to write or replace
     parts: list,     # its content, bytes or arrays
 ) -> None:
-    "Write under a name of this process alone, force it to disk, and rename it into place."
+    "Write under a name of this process alone, force it to disk, and rename it into place; what the disk refuses names `path`."
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.name}.*.part"):                 # left by a process that was killed, a day ago or more
+    for old in path.parent.glob(f".{escape(path.name)}.*.part"):         # left by a process that was killed, a day ago or more
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 86_400: old.unlink()
     draft = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}.part")
@@ -281,8 +282,11 @@ def replace_file(
             f.flush()
             os.fsync(f.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None                # a full disk names no file, and nobody asked for the draft
+        raise
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): draft.unlink(missing_ok=True)
 
 # %% ../nbs/02_data.ipynb #89e2b1df
 def read_cache(
@@ -514,7 +518,19 @@ def miniimagenet_folders(
     for file in inside(home / "images", False): classes.setdefault(file.name[:9], []).append(file)
     return {"all": classes}
 
-# %% ../nbs/02_data.ipynb #917248c9
+# %% ../nbs/02_data.ipynb #6639c7b9
+@contextlib.contextmanager
+def reading(
+    path: Path,      # a file of a data set
+):
+    "Whatever goes wrong inside the block is a `DataError` that names the file."
+    try: yield
+    except DataError: raise
+    except Exception as error:      # damaged bytes can raise nearly anything
+        raise DataError(f"{path} is damaged or missing ({type(error).__name__}: {error}): "
+                        f"put a sound copy in its place, or delete {path.parent} and fetch it again") from None
+
+# %% ../nbs/02_data.ipynb #e3394c9b
 def tinyimagenet_folders(
     home: Path,      # the original's train/<class>/images and val/images with val_annotations.txt, or split folders
 ) -> dict[str, dict[str, list]]:
@@ -522,12 +538,12 @@ def tinyimagenet_folders(
     notes = home / "val" / "val_annotations.txt"
     if not notes.is_file(): return split_folders(home)
     classes = {}
-    for line in notes.read_text().splitlines():
-        file, name = line.split("\t")[:2]
-        classes.setdefault(name, []).append(home / "val" / "images" / file)
+    with reading(notes):
+        for file, name, *_ in (line.split("\t") for line in notes.read_text(encoding="utf-8").splitlines()):
+            classes.setdefault(name, []).append(home / "val" / "images" / file)
     return dict(train=class_folders(home / "train"), validation=dict(sorted(classes.items())))
 
-# %% ../nbs/02_data.ipynb #947b552e
+# %% ../nbs/02_data.ipynb #a190168d
 class ArraysOnly(pickle.Unpickler):
     "An unpickler of NumPy arrays and plain containers that refuses to make anything else."
     allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): codecs.encode,
@@ -541,11 +557,7 @@ def read_pickle(
     path: Path,      # a file of CIFAR's Python version
 ) -> dict:
     "The file's dictionary, or a `DataError` naming the file."
-    try:
-        with open(path, "rb") as f: return ArraysOnly(f, encoding="latin1").load()
-    except Exception as error:      # a damaged pickle can raise nearly anything
-        raise DataError(f"{path} is damaged or missing ({type(error).__name__}: {error}): "
-                        f"delete {path.parent} and fetch it again") from None
+    with reading(path), open(path, "rb") as f: return ArraysOnly(f, encoding="latin1").load()
 
 # %% ../nbs/02_data.ipynb #9efab293
 def by_label(
@@ -557,33 +569,39 @@ def by_label(
     labels = np.asarray(labels)
     return {name: list(pixels[labels == c]) for c, name in enumerate(names)}
 
-# %% ../nbs/02_data.ipynb #ead91a48
+# %% ../nbs/02_data.ipynb #b5039882
+def cifar_batch(
+    path: Path,                          # a file of pixels and labels
+    label: str,                          # the labels' key
+) -> tuple[np.ndarray, np.ndarray]:      # [N, 32, 32, 3] uint8, [N]
+    "The images of one file."
+    with reading(path):
+        batch = read_pickle(path)
+        pixels, labels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label])
+        if labels.shape != pixels.shape[:1]: raise ValueError(f"{len(pixels)} images and labels of shape {labels.shape}")
+        return pixels.transpose(0, 2, 3, 1), labels
+
 def cifar_pickles(
     home: Path,                      # cifar-10-batches-py or cifar-100-python
     meta: str, key: str, label: str, # file with the class names, their key, and the labels' key
     **files,                         # split=[file names]
 ) -> dict[str, dict[str, list]]:
     "CIFAR's own pickled arrays by split and class."
-    names, found = read_pickle(home / meta)[key], {}
-    for split, parts in files.items():
-        batches = [read_pickle(home / part) for part in parts]
-        pixels = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        found[split] = by_label(np.ascontiguousarray(pixels), np.concatenate([b[label] for b in batches]), names)
-    return found
+    with reading(home / meta): names = [str(name) for name in read_pickle(home / meta)[key]]
+    batches = {split: zip(*(cifar_batch(home / part, label) for part in parts)) for split, parts in files.items()}
+    return {split: by_label(*map(np.concatenate, batch), names) for split, batch in batches.items()}
 
-# %% ../nbs/02_data.ipynb #5e9e8abd
+# %% ../nbs/02_data.ipynb #e2944e56
 def read_idx(
     path: Path,          # an idx file, or where it would be beside its .gz
 ) -> np.ndarray:         # uint8, of the shape that its header gives
     "The array of an idx file, or a `DataError` if its length is not what its header says."
-    try:
+    with reading(path):
         raw = path.read_bytes() if path.is_file() else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
         shape = np.frombuffer(raw, dtype=">i4", count=raw[3], offset=4)
         start = 4 + 4 * raw[3]
         if raw[:3] != b"\0\0\x08" or len(raw) - start != np.prod(shape): raise ValueError(f"{len(raw)} bytes, header {raw[:start].hex()}")
         return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
-    except Exception as error:
-        raise DataError(f"{path} is damaged or missing ({error}): delete {path.parent} and fetch it again") from None
 
 def mnist_files(
     home: Path,          # MNIST/raw
@@ -603,7 +621,7 @@ def celeba_files(
     part = lambda file: next((s for s, n in last.items() if file.stem.isdigit() and int(file.stem) <= n), None)
     return {split: {"face": chosen} for split in last if (chosen := [f for f in files if part(f) == split])}
 
-# %% ../nbs/02_data.ipynb #62805a81
+# %% ../nbs/02_data.ipynb #201603d9
 def celeba_attributes(
     home: Path,                          # holds attributes.csv or list_attr_celeba.txt, perhaps identity_CelebA.txt
     files: list[Path],                   # the faces wanted
@@ -611,15 +629,18 @@ def celeba_attributes(
     "The faces' attributes as 0 and 1, then the person's number; None twice if there is no table."
     tables = [p for p in (home / "attributes.csv", home / "list_attr_celeba.csv", home / "list_attr_celeba.txt") if p.is_file()]
     if not tables: return None, None
-    lines = tables[0].read_text().replace(",", " ").splitlines()
-    lines = lines[1:] if lines[0].strip().isdigit() else lines           # the .txt begins with a count
-    names = [n for n in lines[0].split() if n != "image_id"]
-    rows = {line[:6]: [max(0, int(v)) for v in line.split()[1:]] for line in lines[1:]}
-    if (home / "identity_CelebA.txt").is_file():
-        names = names + ["identity"]
-        for line in (home / "identity_CelebA.txt").read_text().splitlines(): rows[line[:6]].append(int(line.split()[1]))
+    with reading(tables[0]):
+        lines = [line.split() for line in tables[0].read_text(encoding="utf-8").replace(",", " ").splitlines()]
+        titles, *lines = lines[lines[0][0].isdigit():]                   # the .txt begins with a count
+        rows = {file[:6]: [max(0, int(v)) for v in values] for file, *values in lines}
+    names, used, people = [n for n in titles if n != "image_id"], tables[:1], home / "identity_CelebA.txt"
+    if people.is_file():
+        names, used = [*names, "identity"], [*used, people]
+        with reading(people):
+            for file, person in map(str.split, people.read_text(encoding="utf-8").splitlines()):
+                rows.setdefault(file[:6], []).append(int(person))
     missing = next((f for f in files if len(rows.get(f.stem, ())) != len(names)), None)
-    if missing: raise DataError(f"{tables[0]} has no full row for {missing.name}: it is cut short, fetch it again")
+    if missing: raise DataError(f"{' or '.join(map(str, used))} has no full row for {missing.name}: it is cut short, fetch it again")
     return torch.tensor([rows[f.stem] for f in files], dtype=torch.int32), names
 
 # %% ../nbs/02_data.ipynb #6571a506

@@ -1,5 +1,5 @@
 """What fit and evaluate promise, where it takes processes, signals or broken files to see it."""
-import copy, hashlib, io, json, math, os, pickle, random, resource, signal, subprocess, sys, time
+import copy, hashlib, io, json, math, os, pickle, resource, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -36,7 +36,7 @@ def crash(at):
     return step
 
 
-# ---- processes: kill, Ctrl-C, two runs of one script
+# ---- processes: kill, Ctrl-C (many kills are in test_faults.py)
 
 RUN = """
 import sys, torch
@@ -78,24 +78,6 @@ def read_until(process, step):
     for line in process.stdout:
         if int(line) >= step: return
     raise AssertionError(process.stderr.read())
-
-
-@pytest.mark.slow
-def test_kill_at_random_moments_then_resume_equals_an_undisturbed_run(tmp_path):
-    whole = start("none", tmp_path / "whole.pt")
-    finish(whole)
-    path, rng = tmp_path / "run.ckpt", random.Random()
-    at = sorted(rng.sample(range(1, 290), 3))
-    for kill in range(3):
-        process = start(path, tmp_path / "killed.pt", init=kill)  # other first weights each time: the checkpoint's count
-        read_until(process, at[kill])
-        time.sleep(rng.random() * 0.01)  # anywhere within a meta-step or a save
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "killed.pt").exists() and 0 < load_checkpoint(path)["step"] <= 300, f"killed near {at}"
-    finish(start(path, tmp_path / "killed.pt", init=99))
-    # the first process began from init=0, as the undisturbed run did
-    equal_runs(tmp_path / "whole.pt", tmp_path / "killed.pt")
 
 
 @pytest.mark.slow
