@@ -30,6 +30,14 @@ def metanb(*words, cwd, wait=True, **env):
     return process.returncode, out, err
 
 
+def torchrun(*words, cwd, processes=2):
+    "Runs `metanb` in several processes that work together."
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "metanb"]
+    done = subprocess.run([*launch, *map(str, words)], cwd=cwd, text=True, capture_output=True, timeout=240,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
 def refused(capsys, *words):
     "The single line with which `main` refuses."
     try: status = cli.main(list(map(str, words)))
@@ -109,6 +117,10 @@ def test_results_replace_results_and_nothing_else(capsys, tmp_path):
     (["train", "--resume", "--checkpoint", "never"], "there is no checkpoint never"),
     (["evaluate"], "--checkpoint"),
     (["evaluate", "--checkpoint", "never"], "there is no checkpoint never"),
+    (["bench", "--problems", "imagenet"], "problems='imagenet': use sinusoid, omniglot"),
+    (["bench", "--implementations", "loop,lop"], "implementations='lop'"),
+    (["bench", "--vary", "ways"], "sine curves have no classes"),
+    (["bench", "--seconds", "0"], "'0' is no number above zero"),
     (["data", "fetch", "imagenet"], "neither a folder nor one of"),
     (["data", "check", "/no/such/place"], "metanb: error"),
     (["data"], "ACTION"),
@@ -117,7 +129,7 @@ def test_results_replace_results_and_nothing_else(capsys, tmp_path):
 def test_wrong_words_get_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, *words)
-    assert not list(tmp_path.glob("*.checkpoint*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_scale_in_the_environment(capsys, monkeypatch, tmp_path):
@@ -213,6 +225,56 @@ def test_methods_that_do_not_apply_are_left_out_of_mixed_tasks(capsys, tmp_path)
     table, err = capsys.readouterr()
     assert "left out, for it does not apply: MTL on sinusoid, ProtoNet on sinusoid" in err
     assert table.count("MAML") == 2 and table.count("ProtoNet") == table.count("MTL") == 1
+
+
+@pytest.mark.parametrize("method", ["maml", "maml-meta-pcgrad"])
+def test_two_processes_train_as_one_does(capsys, tmp_path, method):
+    weights = lambda name: load_checkpoint(tmp_path / name)["learner"]
+    one = lambda *words, name: cli.main(["train", *words, "--device", "cpu", "--no-progress", "--checkpoint", str(tmp_path / name)])
+    train = "--method", method, *SINES[:-2], "--steps"
+    status, out, err = torchrun("train", *train, 4, "--device", "cpu", "--checkpoint", "two", cwd=tmp_path)
+    assert status == 0, err
+    assert out == "4 meta-steps; try it: metanb evaluate --checkpoint two\n" and err.count("validation MSE") == 4
+    assert one(*train, "4", name="one") == 0
+    torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
+    assert one("--resume", "--steps", "6", name="two") == one("--resume", "--steps", "6", name="one") == 0
+    torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
+
+
+def test_of_several_processes_one_refuses(tmp_path):
+    status, out, err = torchrun("train", *SINES, "--method", "mamml", cwd=tmp_path)
+    assert status != 0 and out == "" and err.count("metanb: error: ") == 1 and "did you mean maml?" in err and "metanb, process" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_all_processes_would_say_only_the_first_says(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "compare runs in one process" in refused(capsys, "compare")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["compare"]) == 2
+    with pytest.raises(SystemExit): cli.main(["train", "--steps", "few"])
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("metanb.compute.processes", lambda: 2)
+    monkeypatch.setattr("metanb.compute.rank", lambda: 1)
+    with pytest.raises(cli.Refused, match="train it in one process"): cli.check_split(cli.Trial("lstm", "train-glyphs"))
+    with pytest.raises(cli.Refused, match="tasks=1: 2 processes need"): cli.check_split(cli.Trial("dimaml", "train-glyphs"))
+
+
+def test_bench_writes_what_it_measured_and_fails_where_gradients_disagree(capsys, monkeypatch, tmp_path):
+    from metanb import bench
+    run = ["bench", "--implementations", "loop", "metanb-loop", "--seconds", "0.02", "--repeats", "1", "--threads", "1", "--device", "cpu",
+           "--no-progress", "--out", str(tmp_path / "out")]
+    assert cli.main(run) == 0
+    result, (out, _) = bench.load_bench(tmp_path / "out" / "bench.json"), capsys.readouterr()
+    assert repr(result) in out and [r.implementation for r in result.rows] == ["loop", "metanb-loop"] and not result.refused
+    assert Image.open(tmp_path / "out" / "bench.png").size[0] > 500
+    strict = bench.IMPLEMENTATIONS["metanb-loop"]._replace(tolerance=-1.0)  # no difference is as small as that
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, "metanb-loop", strict)
+    assert cli.main(run) == 1
+    assert "metanb: error: metanb-loop on sinusoid: gradients disagree" in capsys.readouterr().err
+    assert [r.implementation for r in bench.load_bench(tmp_path / "out" / "bench.json").refused] == ["metanb-loop"]
+    (tmp_path / "out" / "bench.json").write_text("{}")
+    assert "no result of a benchmark" in refused(capsys, *run)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
