@@ -14,10 +14,10 @@ __all__ = ['FLAT', 'FEW_SHOT', 'BASIC', 'RANDOM', 'TRAINING', 'METHODS', 'SCALES
            'result_files', 'load_results', 'fault', 'versions', 'device_name', 'default_device', 'check_device',
            'check_scale', 'check_precision', 'describe', 'announce', 'watch', 'run_trials', 'applicable', 'compare',
            'record_path', 'write_record', 'read_record', 'resumed', 'fresh', 'validation_line', 'exporter',
-           'process_number', 'check_split', 'chosen_once', 'train', 'evaluate', 'check_fit', 'Parser', 'whole',
-           'positive', 'names', 'Join', 'add_tasks', 'check_out', 'command_compare', 'add_compare', 'command_train',
-           'add_train', 'command_evaluate', 'add_evaluate', 'command_bench', 'add_bench', 'command_list',
-           'command_fetch', 'command_check', 'add_data', 'parser', 'main']
+           'process_number', 'restarted', 'check_split', 'chosen_once', 'train', 'evaluate', 'check_fit', 'Parser',
+           'whole', 'positive', 'names', 'Join', 'add_tasks', 'check_out', 'command_compare', 'add_compare',
+           'command_train', 'add_train', 'command_evaluate', 'add_evaluate', 'command_bench', 'add_bench',
+           'command_list', 'command_fetch', 'command_check', 'add_data', 'parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #4ce34c87
 import argparse, contextlib, difflib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
@@ -849,10 +849,14 @@ def exporter(learner) -> Callable:
     with choosing("export: "): settings_of(learner.rule)
     return lambda path: save_rule(learner.rule, path)
 
-# %% ../nbs/40_cli.ipynb #70df7880
+# %% ../nbs/40_cli.ipynb #8df49600
 def process_number() -> int:
     "The number that torchrun gave this process; 0 for one on its own."
     return int(os.environ.get("RANK", 0))
+
+def restarted() -> bool:
+    "Whether torchrun starts this command anew, after a process of it failed."
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 def check_split(trial: Trial) -> Trial:
     "The same trial; refused where its tasks can't be split over the processes there are."
@@ -874,7 +878,7 @@ def chosen_once(choose: Callable[[], Trial], device: str) -> Trial:
     if refusal is None: return trial
     raise Refused(refusal) if process_number() == 0 else SystemExit(2)
 
-# %% ../nbs/40_cli.ipynb #08c7c2e0
+# %% ../nbs/40_cli.ipynb #6041649e
 def train(
     checkpoint: str | os.PathLike | None = None,  # kept up to date; a .json beside it says what it is of; None keeps nothing
     resume: bool = False,  # continue the checkpoint
@@ -884,8 +888,10 @@ def train(
 ):  # the learner and its history
     "Trains one method on one problem, validating twenty times."
     from metanb.compute import rank
-    device, make = check_device(asked.get("device")), resumed if resume else fresh
-    trial = chosen_once(lambda: check_split(make(checkpoint, {**asked, "device": device})), device)._replace(device=device)
+    device = check_device(asked.get("device"))
+    begun = lambda: resume or (checkpoint is not None and restarted() and Path(checkpoint).exists())
+    choose = lambda: check_split((resumed if begun() else fresh)(checkpoint, {**asked, "device": device}))
+    trial = chosen_once(choose, device)._replace(device=device)
     learner, validation = build(trial), sampler(trial, "validation")
     write, first = None if export is None else exporter(learner), rank() == 0
     if checkpoint is not None and first: write_record(checkpoint, trial, settings(trial))

@@ -241,6 +241,16 @@ def test_two_processes_train_as_one_does(capsys, tmp_path, method):
     torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
 
 
+def test_what_torchrun_starts_again_goes_on(capsys, monkeypatch, tmp_path):
+    run = ["train", *SINES, "--no-progress", "--checkpoint", str(tmp_path / "c"), "--steps"]
+    assert cli.main([*run, "2"]) == 0
+    capsys.readouterr()
+    assert "is there already" in refused(capsys, *run, 4)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.main([*run, "4"]) == 0 and load_checkpoint(tmp_path / "c")["step"] == 4
+    assert cli.main([*run[:-2], str(tmp_path / "new"), "--steps", "2"]) == 0  # it failed before there was a checkpoint
+
+
 def test_of_several_processes_one_refuses(tmp_path):
     status, out, err = torchrun("train", *SINES, "--method", "mamml", cwd=tmp_path)
     assert status != 0 and out == "" and err.count("metanb: error: ") == 1 and "did you mean maml?" in err and "metanb, process" not in err
