@@ -530,12 +530,12 @@ def cells(row: Row, loop: float) -> list[str]:
     return [row.implementation, digits(row.ms), f"{digits(min(row.rounds))}–{digits(max(row.rounds))}", digits(loop / row.ms),
             digits(row.first), digits(mib), off, str(row.steps)]
 
-# %% ../nbs/34_bench.ipynb #c3b47046
+# %% ../nbs/34_bench.ipynb #9e89ae44
 def text_table(rows: list[list[str]]) -> str:
     "Columns one below the other; a note may run over the columns right of it."
     wide = [max(len(r[i]) for r in rows if i != 1 or r[2] or r is rows[0]) for i in range(len(rows[0]))]
     def line(r):
-        if r[1] and not r[2]: return f"{r[0]:<{wide[0]}}  {r[1]}" + (f" [first step {r[4]} s]" if r[4] else "")
+        if r[1] and not r[2]: return f"{r[0]:<{wide[0]}}  {r[1]}" + "".join(f" [{t}: {c}]" for t, c in zip(rows[0][2:], r[2:]) if c)
         return "  ".join([f"{r[0]:<{wide[0]}}", *(f"{c:>{w}}" for c, w in zip(r[1:], wide[1:]))])
     return "\n".join(map(line, rows))
 
