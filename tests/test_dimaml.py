@@ -19,7 +19,7 @@ from metanb.meta_sgd import MetaSGD
 from metanb.models import MLP
 from metanb.tasks import Sinusoid, Stream
 from metanb.train import evaluate, fit, save_checkpoint
-from metanb.unroll import Recomputed, Truncated, fit_truncated, loss_curves
+from metanb.unroll import Along, Recomputed, Truncated, fit_truncated, loss_curves
 
 F64 = torch.float64
 families = pytest.mark.parametrize("family", list(FAMILIES.values()), ids=list(FAMILIES))
@@ -363,6 +363,34 @@ def test_an_ordinary_training_loop_and_its_readings():
 def test_soft_inverse(value):
     v = torch.tensor(value, dtype=F64)
     assert_close(F.softplus(soft_inverse(v)), v, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: DIMAML(small(), steps=0), ValueError, "objective: its first reading is at step 1, of steps=0; take more steps"),
+    (lambda: DIMAML(small(), steps=9, objective=Along(start=10)), ValueError, "at step 10, of steps=9"),
+    (lambda: DIMAML(small(), beta="x"), TypeError, "beta='x': give a number"),
+    (lambda: outer_settings(DIMAML(small(), steps=9), bound=-1), ValueError, "bound=-1: give a finite number, above zero"),
+    (lambda: outer_settings(DIMAML(small(), steps=9), bound=math.nan), ValueError, "bound=nan"),
+    (lambda: outer_settings(DIMAML(small(), steps=9), lr="fast"), TypeError, "lr='fast': give a number"),
+    (lambda: outer_settings(DIMAML(small(), Quantile, steps=9), shape_lr=-1.0), ValueError, "shape_lr=-1.0"),
+    (lambda: outer_settings(3), TypeError, "learner: expected a Learner"),
+    (lambda: save_init("never", DIMAML(small(), steps=9)), TypeError, "init: expected a distribution.*StreamLearner.*learner.init"),
+    (lambda: transfer(small(), small()), TypeError, "init: expected a distribution"),
+    (lambda: metainit(small(), None, steps=-1), ValueError, "steps=-1"), (lambda: metainit(small(), None, lr="x"), TypeError, "lr='x'"),
+    (lambda: Quantile(small(), points=1.5), TypeError, "points=1.5: give a whole number")],
+    ids=["steps-zero", "reading-after-the-end", "beta-word", "bound-negative", "bound-nan", "lr-word", "shape-lr-negative", "settings-of-a-number",
+         "save-a-learner", "transfer-a-net", "metainit-steps", "metainit-lr", "points-fraction"])
+def test_mistakes_are_named(call, error, words):
+    with pytest.raises(error, match=words): call()
+
+
+@pytest.mark.parametrize("family", [Normal, Quantile, Correlated], ids=lambda f: f.__name__)
+def test_a_file_of_another_architecture_is_told_in_a_few_words(family, tmp_path):
+    save_init(tmp_path / "x", family(small()))
+    with pytest.raises(ValueError) as error: load_init(tmp_path / "x", MLP(3, 6, 6, 6, 1))
+    said = str(error.value)
+    assert "x does not fit this model (without location.body.linear2.weight" in said and "of the same architecture" in said and len(said) < 350
+    load_init(tmp_path / "x", MLP(3, 9, 1))  # another width is what distributions are for
 
 
 def test_bad_input_is_refused_by_name(tmp_path):
