@@ -6,9 +6,9 @@
 __all__ = ['PRECISIONS', 'check_parts', 'placed', 'moved', 'draw', 'derive', 'reseed', 'own_randomness', 'check_precision',
            'precise', 'peak_memory', 'figures', 'free_memory', 'small', 'choose_chunk', 'distributed', 'processes',
            'rank', 'share', 'meet', 'summed', 'gathered', 'agree', 'from_first', 'start_alike', 'pays',
-           'meta_gradients']
+           'check_combined', 'summary', 'meta_gradients']
 
-# %% ../nbs/04_compute.ipynb #4fd85f43
+# %% ../nbs/04_compute.ipynb #71361d39
 import contextlib, datetime, hashlib, os, sys, warnings
 from pathlib import Path
 from typing import Callable
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
 from .core import Learner, MetaLearner, Params, Task, check_learner, check_tasks, compiled, mean, task_grads
 from .tasks import Sampler, task_keys
@@ -227,7 +228,17 @@ def pays(learner: Learner, steps: int) -> bool:
     if not isinstance(learner, MetaLearner) or any("Conv" in type(m).__name__ for m in learner.modules()): return False
     return learner.steps <= 10 and steps * max(1, learner.steps) >= 5000
 
-# %% ../nbs/04_compute.ipynb #7e8f9c1d
+# %% ../nbs/04_compute.ipynb #8cf71443
+def check_combined(grads: Params, params: Params) -> None:
+    "Refuses what is not one gradient a parameter."
+    if all(n in grads and grads[n].shape == p.shape for n, p in params.items()): return
+    got, want = ({n: tuple(t.shape) for n, t in d.items()} for d in (grads, params))
+    raise ValueError(f"combine: it must turn {{name: [T, *shape]}} into {{name: [*shape]}}; it returned {got}, expected {want}")
+
+def summary(grads: Params, losses: Tensor) -> Tensor:
+    "The mean of the losses and the length of the whole gradient, [2]: what must be finite, and what a history shows."
+    return torch.stack([losses.mean(), get_total_norm(list(grads.values())).to(losses)])
+
 def meta_gradients(
     learner: Learner,
     sampler,  # where tasks come from, or an object with gradients(meta_params, step) -> ({name: [T, *shape]}, losses)
@@ -236,32 +247,36 @@ def meta_gradients(
     combine: Callable[[Params], Params] = mean,  # T per-task gradients -> one
     chunk: int | None = None,  # tasks at a time, see `meta_grads`
     compile: bool | str = False,  # or a mode of `torch.compile`
-) -> Callable[[Params, int], tuple[Params, Tensor]]:  # (meta_params, step) -> (one gradient {name: [*shape]}, losses)
+) -> Callable[[Params, int], tuple[Params, Tensor]]:  # (meta_params, step) -> (one gradient {name: [*shape]}, its `summary`)
     "What `fit` calls in each meta-step."
     own = getattr(sampler, "gradients", None)
     if own and processes() > 1: raise ValueError(f"sampler: {type(sampler).__name__} has one state for all tasks; run it in one process")
-    (start, count), place, average = share(tasks), placed(learner), combine is mean
+    (start, count), place, several = share(tasks), placed(learner), processes() > 1
     which = lambda step: dict(seed=seed, step=step, start=start)
     keyed = not own and getattr(type(sampler), "sample", None) is Sampler.sample
+    average = combine is mean and not own  # a mean is taken, and looked at, where the gradients are made
 
     def plain(meta_params, given):
-        batch = moved(sampler.draw(given), *place) if keyed else given
-        grads, losses = task_grads(learner, meta_params, batch, chunk)
-        return (mean(grads) if average else grads), losses
+        grads, losses = task_grads(learner, meta_params, moved(sampler.draw(given), *place) if keyed else given, chunk)
+        if average: grads = mean(grads)
+        return grads, summary(grads, losses) if average and not several else losses
 
     run = plain
-    if compile: run = compiled(learner, plain, id(sampler), chunk, average, mode=compile if isinstance(compile, str) else None)
+    if compile: run = compiled(learner, plain, id(sampler), chunk, average, several, mode=compile if isinstance(compile, str) else None)
     if not own: draw(sampler, 1, *place, **which(0))  # what is no task is refused by name
 
     def gradients(meta_params, step):
         reseed(derive(seed, "step", step, *([start] if start else [])), place[0])  # process 0 draws as a single one does
-        if own: grads, losses = own(meta_params, step)
-        elif keyed: grads, losses = run(meta_params, task_keys(count, device=sampler.device, **which(step)))
-        else: grads, losses = run(meta_params, draw(sampler, count, *place, **which(step)))
-        if processes() > 1 and average: return summed(grads, losses, count / tasks)
-        if processes() > 1:
-            grads, losses = gathered(grads, losses, tasks)
+        if own: grads, seen = own(meta_params, step)
+        elif keyed: grads, seen = run(meta_params, task_keys(count, device=sampler.device, **which(step)))
+        else: grads, seen = run(meta_params, draw(sampler, count, *place, **which(step)))
+        if average and not several: return grads, seen
+        if average: grads, seen = summed(grads, seen, count / tasks)
+        elif several:
+            grads, seen = gathered(grads, seen, tasks)
             reseed(derive(seed, "step", step), place[0])  # a combiner that draws numbers draws the same ones in every process
-        return (grads if average and not own else combine(grads)), losses
+        if not average: grads = combine(grads)
+        check_combined(grads, meta_params)
+        return grads, summary(grads, seen)
 
     return gradients

@@ -8,10 +8,9 @@ __all__ = ['SEAL', 'COMPILE', 'accuracy', 'choose_metric', 'larger_is_better', '
            'plot_history', 'LogFile', 'save_history', 'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback',
            'tell', 'settings', 'label', 'stateful', 'identity', 'snapshot', 'check_resume', 'restore', 'load_learner',
            'Validate', 'Checkpoint', 'watched', 'Progress', 'TensorBoard', 'interruptible', 'running',
-           'check_optimizer', 'check_choices', 'check_combined', 'explain', 'adam', 'update', 'watchers', 'source',
-           'fit']
+           'check_optimizer', 'check_choices', 'explain', 'adam', 'update', 'watchers', 'source', 'fit']
 
-# %% ../nbs/04_train.ipynb #d7af2693
+# %% ../nbs/04_train.ipynb #b6c4d31c
 import contextlib, csv, hashlib, html, io, json, math, os, pickle, signal, sys, threading, time
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.utils import clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_value_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .compute import (agree, check_parts, check_precision, choose_chunk, derive, draw, from_first, meta_gradients, own_randomness, pays,
                            placed, precise, rank, reseed, share, start_alike)
@@ -493,7 +492,7 @@ def running(run: Run):
             raise
         finally: tell("end", run)
 
-# %% ../nbs/04_train.ipynb #37bb1299
+# %% ../nbs/04_train.ipynb #865dd550
 def check_optimizer(opt, scheduler, params, validation) -> None:
     "Refuses an optimizer or scheduler that can't train these parameters."
     if not isinstance(opt, torch.optim.Optimizer): raise TypeError(f"opt: expected a torch.optim.Optimizer, got {type(opt).__name__}")
@@ -519,13 +518,7 @@ def check_choices(combine, clip, chunk, compile, nonfinite) -> None:
     if compile not in COMPILE: raise ValueError(f"compile={compile!r}: use {', '.join(map(repr, COMPILE))}")
     if nonfinite not in ("stop", "skip"): raise ValueError(f"nonfinite={nonfinite!r}: use 'stop' or 'skip'")
 
-def check_combined(grads: Params, params: Params) -> None:
-    "Refuses what is not one gradient a parameter."
-    if all(n in grads and grads[n].shape == p.shape for n, p in params.items()): return
-    got, want = ({n: tuple(t.shape) for n, t in d.items()} for d in (grads, params))
-    raise ValueError(f"combine: it must turn {{name: [T, *shape]}} into {{name: [*shape]}}; it returned {got}, expected {want}")
-
-# %% ../nbs/04_train.ipynb #99f5554c
+# %% ../nbs/04_train.ipynb #4e4e8dc8
 def explain(run: Run, loss: float, size: float) -> str:
     "What to say about a meta-step that is not finite."
     return (f"meta-step {run.step + 1}: the meta-loss is {loss:g} and its gradient's norm {size:g}; "
@@ -538,10 +531,16 @@ def adam(params) -> torch.optim.Optimizer:
     params = list(params)
     return torch.optim.Adam(params, 1e-3, fused=all(p.device.type in ("cpu", "cuda") for p in params))
 
-def update(run: Run, grads: Params, losses: Tensor, clip=None, nonfinite: str = "stop") -> None:
+def update(
+    run: Run,
+    grads: Params,  # one gradient {name: [*shape]}
+    seen: Tensor,  # the mean loss and the gradient's length, see `summary`
+    clip=None,
+    nonfinite: str = "stop",
+) -> None:
     "One step φ ← opt(φ, g) if everything is finite, and its row in the history."
     for n, p in run.params.items(): p.grad = grads[n]
-    loss, size = torch.stack([losses.mean(), get_total_norm(list(grads.values())).to(losses)]).tolist()  # the only wait for the device
+    loss, size = seen.tolist()  # the only wait for the device
     rate, params = float(run.opt.param_groups[0]["lr"]), list(run.params.values())
     if math.isfinite(loss) and math.isfinite(size):
         if callable(clip): clip(params)
@@ -564,9 +563,9 @@ def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, 
     if checkpoint is not None: out.append(Checkpoint(checkpoint, checkpoint_every))
     return [*out, Progress()] if progress else out
 
-# %% ../nbs/04_train.ipynb #d485f79c
+# %% ../nbs/04_train.ipynb #00293197
 def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "auto") -> Callable:
-    "The run's (meta_params, step) -> (one gradient, losses), with what is 'auto' decided."
+    "The run's (meta_params, step) -> (one gradient, its `summary`), with what is 'auto' decided."
     if chunk == "auto" and run.chunk == "auto":  # a resumed run goes on as it began
         given = dict(seed=run.seed, start=share(run.tasks)[0])
         batch = None if hasattr(run.sampler, "gradients") else draw(run.sampler, share(run.tasks)[1], *placed(run.learner), **given)
@@ -620,8 +619,6 @@ def fit(
         gradients = source(run, chunk, compile)
         with running(run):
             while run.step < steps and not agree(run.stop, device):
-                grads, losses = gradients(meta_params, run.step)
-                check_combined(grads, params)
-                update(run, grads, losses, clip, nonfinite)
+                update(run, *gradients(meta_params, run.step), clip, nonfinite)
                 tell("step", run)
     return run.history
