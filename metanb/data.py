@@ -7,14 +7,15 @@ __all__ = ['FONTS', 'SCRIPTS', 'SCRIPT_NAMES', 'MARK', 'SUFFIXES', 'SOURCES', 'C
            'cifar100_pickles', 'CIFAR100', 'DataError', 'ImageClasses', 'subset', 'labelled', 'sheet', 'font_path',
            'font_face', 'letters', 'draw', 'look', 'distinct', 'alphabet', 'inverse_affine', 'variants', 'glyphs',
            'write_cache', 'replace_file', 'read_cache', 'home_folder', 'data_root', 'cache_folders', 'fingerprint',
-           'keep', 'cached', 'as_plain', 'to_size', 'read_image', 'inside', 'class_folders', 'family_index', 'gather',
-           'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'reading', 'tinyimagenet_folders', 'ArraysOnly',
-           'read_pickle', 'by_label', 'cifar_batch', 'cifar_pickles', 'read_idx', 'mnist_files', 'celeba_files',
-           'celeba_attributes', 'split_list', 'Source', 'register', 'by_torchvision', 'by_hub', 'save_rows',
-           'source_of', 'split_of', 'locate', 'pick_split', 'again', 'examine', 'build_source', 'glyph_print', 'recipe',
-           'load', 'as_folder', 'absent', 'share', 'folder_groups', 'folder', 'describe', 'faults', 'fetch', 'check']
+           'keep', 'cached', 'as_plain', 'check_square', 'to_size', 'read_image', 'inside', 'class_folders',
+           'family_index', 'gather', 'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'reading',
+           'tinyimagenet_folders', 'ArraysOnly', 'read_pickle', 'by_label', 'cifar_batch', 'cifar_pickles', 'read_idx',
+           'mnist_files', 'celeba_files', 'celeba_attributes', 'split_list', 'Source', 'register', 'by_torchvision',
+           'by_hub', 'save_rows', 'source_of', 'split_of', 'locate', 'pick_split', 'again', 'examine', 'build_source',
+           'glyph_print', 'recipe', 'load', 'as_folder', 'absent', 'share', 'folder_groups', 'folder', 'describe',
+           'faults', 'fetch', 'check']
 
-# %% ../nbs/02_data.ipynb #a86d7bea
+# %% ../nbs/02_data.ipynb #e970a1f2
 import codecs, contextlib, gzip, hashlib, json, os, pickle, shutil, time, unicodedata, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from PIL import features as pillow_features
 from torch import Tensor
 from tqdm import tqdm
+from .tasks import check_sizes
 
 # %% ../nbs/02_data.ipynb #19b9d445
 class DataError(ValueError):
@@ -226,7 +228,7 @@ def variants(
         out[i] = np.asarray(big.reduce(2))
     return out
 
-# %% ../nbs/02_data.ipynb #ad9d5e36
+# %% ../nbs/02_data.ipynb #50ca9c55
 def glyphs(
     split: str = "train",        # "train", "validation", "test" or "all"
     size: int = 28,              # side in pixels
@@ -236,7 +238,9 @@ def glyphs(
 ) -> ImageClasses:
     "Letters of the split's scripts, white on black, `per_class` different images of each."
     if split not in (*SCRIPTS, "all"): raise ValueError(f"split is {split!r}: glyphs has {', '.join(SCRIPTS)} and all")
-    if per_class < 1 or size < 8: raise ValueError(f"per_class is {per_class} and size is {size}: give at least 1 and 8")
+    check_sizes(8, size=size)
+    check_sizes(1, per_class=per_class)
+    check_sizes(0, seed=seed)
     wanted = [s for part, scripts in SCRIPTS.items() if split in (part, "all") for s in scripts]
     chosen = [c for c in alphabet() if c[0] in wanted]
     bar = tqdm(chosen, desc="drawing glyphs", disable=None if progress is None else not progress, leave=False)
@@ -392,15 +396,25 @@ def as_plain(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("L" if colour is False or (colour is None and grey) else "RGB")
 
-# %% ../nbs/02_data.ipynb #4970c787
+# %% ../nbs/02_data.ipynb #3f8a8542
+def check_square(
+    size: int | None,        # as in `to_size`
+    fit: str | int = "crop", # as in `to_size`
+) -> None:
+    "Refuses a side, or a way to a square, that there isn't."
+    if size is not None: check_sizes(1, size=size)
+    if fit not in ("crop", "squash"):
+        if isinstance(fit, str): raise ValueError(f"fit={fit!r}: use 'crop', 'squash' or a number of pixels")
+        check_sizes(1, fit=fit)
+
 def to_size(
     image: Image.Image,          # mode "L" or "RGB"
     size: int | None,            # side in pixels; None: as it is
     fit: str | int = "crop",     # "crop": the middle square; "squash": change the proportions; a number: the middle square of that side
 ) -> Image.Image:
     "The image as a square of `size` pixels, by Lanczos."
+    check_square(size, fit)
     if size is None: return image
-    if size < 1: raise ValueError(f"size is {size}: give a positive number of pixels")
     if fit != "squash":
         side = min(image.size) if fit == "crop" else min(fit, *image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -878,7 +892,7 @@ def recipe(
     found = locate(source, root)
     return (fingerprint(found[0]), lambda: build_source(source, split, size, *found, progress)) if found else (None, None)
 
-# %% ../nbs/02_data.ipynb #321ef66d
+# %% ../nbs/02_data.ipynb #e88bb18a
 def load(
     name: str | Path = "glyphs",     # a data set's name, or the path of a folder of class folders
     split: str | None = None,        # "train" (the default), "validation", "test", "all"; Omniglot also "background", "evaluation"
@@ -889,6 +903,7 @@ def load(
     progress: bool | None = None,    # progress bar; None: on a terminal
 ) -> ImageClasses:
     "One split of a data set as one uint8 tensor of image classes."
+    check_square(size)
     place = as_folder(name, root)
     if place: return folder(place, size or 84, split, root=root, cache=cache, progress=progress)
     source = source_of(name)
@@ -948,7 +963,7 @@ def folder_groups(
     found = class_folders(path)
     return found if split in (None, "all") else {name: found[name] for name in share(list(found), split)}
 
-# %% ../nbs/02_data.ipynb #37f0f37c
+# %% ../nbs/02_data.ipynb #5a024e25
 def folder(
     path: str | Path,                # a folder with a folder of images for each class
     size: int | None = 84,           # side in pixels; None: as they are, which must be one size
@@ -960,6 +975,7 @@ def folder(
     progress: bool | None = None,    # progress bar; None: on a terminal
 ) -> ImageClasses:
     "Any folder of class folders as image classes."
+    check_square(size, fit)
     path = Path(path).expanduser()
     if not path.is_dir(): raise DataError(f"{path} is no folder: give one that holds a folder of images for each class")
     build = lambda: (gather(folder_groups(path, split), partial(read_image, size=size, colour=colour, fit=fit), path.name, progress), "")

@@ -3,6 +3,7 @@
 The error names the argument and what was given or what would do, in a sentence or two. A right call stands beside each group.
 """
 import contextlib
+import hashlib
 import importlib
 import inspect
 import io
@@ -36,7 +37,7 @@ from metanb.mtl import MTL, HardTasks, ScaleShift
 from metanb.pcgrad import WatchConflict, conflict, meta_pcgrad, pcgrad
 from metanb.shaping import Flooded, Shaped, auc, emphasis, fit_shape, inverse_exponential, shaped_loss
 from metanb.tasks import FewShot, Quadratic, Sinusoid, Stream
-from metanb.train import LogFile, evaluate, fit, load_checkpoint, load_learner, save_checkpoint
+from metanb.train import SEAL, LogFile, evaluate, fit, load_checkpoint, load_learner, save_checkpoint
 from metanb.unroll import (Along, Momentum, RandomStart, Recomputed, StreamLearner, Truncated, choose_segment, fit_truncated, loss_curves,
                            recompute)
 
@@ -175,6 +176,21 @@ def saved(path, value):
     return path
 
 
+def rule_file():
+    save_rule(SGD(0.1), "rule.pt")
+    return "rule.pt"
+
+
+def sealed_trap():
+    "A pickle that makes a folder, under a checksum that is right."
+    stream = io.BytesIO()
+    torch.save({"learner": Trap()}, stream)
+    content = stream.getvalue()
+    Path("trap.pt").write_bytes(content + SEAL + hashlib.sha256(content).hexdigest().encode())
+    try: return load_checkpoint("trap.pt")
+    finally: assert not Path("sprung").exists()
+
+
 def sparse():
     table = nn.Embedding(3, 2, sparse=True)
     table(torch.tensor([0])).sum().backward()
@@ -231,6 +247,8 @@ TABLE = {
         ("objective-class", lambda: MAML(net(), objective=Along), T, ["objective", "Along is a class", "instance"]),
         ("objective-function", lambda: MAML(net(), objective=torch.mean), T, ["objective", "at(steps)", "last"]),
         ("batch-zero", lambda: MAML(net(), batch=0), V, ["batch=0", "1 or more", "None for all"]),
+        ("batch-words", lambda: MAML(net(), batch="5"), V, ["batch='5'", "whole number", "None for all"]),
+        ("batch-fraction", lambda: MAML(net(), batch=1.5), V, ["batch=1.5", "whole number"]),
         ("adapt-unknown", lambda: MAML(net(), adapt="heads"), V, ["adapt='heads'", "head.weight"]),
         ("adapt-one-unknown", lambda: MAML(net(), adapt=["head", "tail"]), V, ["adapt='tail'", "head.weight"]),
         ("adapt-nothing", lambda: MAML(net(), adapt=[]), V, ["adapt=[]", "matches no parameter", "head.weight"]),
@@ -263,6 +281,20 @@ TABLE = {
         ("chunk-zero", lambda: meta_grads(MAML(net()), sines(), chunk=0), V, ["chunk=0", "1 or more"]),
         ("chunk-fraction", lambda: meta_grads(MAML(net()), sines(), chunk=0.5), V, ["chunk=0.5", "1 or more"]),
         ("nothing-to-learn", lambda: meta_grads(FromScratch(net()), sines()), V, ["learner", "no trainable parameters"]),
+        ("images-as-stored", lambda: meta_grads(MAML(classifier(), **CLASSES), changed(few().sample(2), x=lambda t: (255 * t).byte())),
+         T, ["tasks: x", "torch.uint8", "x.float() / 255"]),
+        ("query-images-as-stored",
+         lambda: meta_grads(MAML(classifier(), **CLASSES), changed(few().sample(2), xq=lambda t: (255 * t).byte())),
+         T, ["tasks: xq", "torch.uint8", "xq.float() / 255"]),
+        ("labels-for-squares", lambda: meta_grads(MAML(classifier()), few().sample(2)),
+         T, ["targets", "torch.int64", "mse_loss", "loss=F.cross_entropy"]),
+        ("no-queries", lambda: meta_grads(MAML(net()), changed(sines(), xq=lambda t: t[:, :0], yq=lambda t: t[:, :0])),
+         V, ["tasks: xq", "no examples"]),
+        ("no-tasks", lambda: meta_grads(MAML(net()), Task(*(t[:0] for t in sines()))), V, ["tasks", "T is 0", "at least one"]),
+        ("arrays-of-numpy", lambda: meta_grads(MAML(net()), Task(*(t.numpy() for t in sines()))),
+         T, ["tasks: x", "ndarray", "four tensors"]),
+        ("plain-network", lambda: meta_grads(net(), sines()), T, ["learner", "Sequential", "MAML(model)"]),
+        ("learner-class", lambda: meta_grads(MAML, sines()), T, ["learner", "torch.nn.Module", "function"]),
     ]),
     "samplers": (lambda: few(classes=range(5)).sample(2, seed=-1), [
         ("ways-above-classes", lambda: few(ways=9), V, ["ways=9", "8 classes"]),
@@ -298,6 +330,9 @@ TABLE = {
         ("no-tasks", lambda: Sinusoid().sample(0), V, ["T=0", "at least 1"]),
         ("half-a-task", lambda: Quadratic().sample(2.5), T, ["T=2.5", "whole number"]),
         ("step-negative", lambda: Sinusoid().sample(2, step=-1), V, ["step=-1", "at least 0"]),
+        ("seed-words", lambda: Sinusoid().sample(2, seed="0"), T, ["seed='0'", "whole number"]),
+        ("seed-fraction", lambda: Sinusoid().sample(2, seed=1.5), T, ["seed=1.5", "whole number"]),
+        ("batch-words", lambda: stream(batch="4"), T, ["batch='4'", "whole number"]),
         ("wave-unknown", lambda: Waves(wave="triangle"), V, ["wave='triangle'", "square"]),
         ("targets-too-few", lambda: Stream(torch.rand(40, 2), torch.rand(39, 1)), V, ["y: 39 targets for 40", "one each"]),
         ("minibatch-too-large", lambda: stream(batch=64), V, ["batch=64", "36 rows", "smaller"]),
@@ -316,7 +351,12 @@ TABLE = {
         ("images-without-channels", lambda: data.ImageClasses(families().images[:, :, 0], list("abcdefgh")),
          T, ["images", "[class, image, C, H, W]"]),
         ("glyphs-split-unknown", lambda: data.glyphs("dev"), V, ["'dev'", "train"]),
-        ("glyphs-none", lambda: data.glyphs(per_class=0), V, ["per_class is 0", "at least 1"]),
+        ("glyphs-none", lambda: data.glyphs(per_class=0), V, ["per_class=0", "at least 1"]),
+        ("glyphs-size-words", lambda: data.glyphs(size="28"), T, ["size='28'", "whole number"]),
+        ("glyphs-seed-negative", lambda: data.glyphs(seed=-1), V, ["seed=-1", "at least 0"]),
+        ("size-words", lambda: data.load("glyphs", size="84"), T, ["size='84'", "whole number"]),
+        ("size-zero", lambda: data.load("glyphs", size=0), V, ["size=0", "at least 1"]),
+        ("fit-unknown", lambda: data.folder(".", fit="stretch"), V, ["fit='stretch'", "'crop', 'squash'"]),
         ("fetch-unknown", lambda: data.fetch("imagenet"), V, ["'imagenet'", "miniimagenet"]),
     ]),
     "models": (lambda: (MLP(1, 1), small_conv(size=8, filters=2, features=2), Conv4(stride=1, size=16, filters=2),
@@ -340,16 +380,27 @@ TABLE = {
         ("chunk-zero", lambda: train(MAML(net()), chunk=0), V, ["chunk=0", "at least 1"]),
         ("name-for-learner", lambda: train("maml"), T, ["learner", "torch.nn.Module", "str"]),
         ("tasks-for-sampler", lambda: train(MAML(net()), sines()), T, ["sampler", "sample(T, seed=", "Task"]),
+        ("sampler-by-name", lambda: train(MAML(net()), "sinusoid"), T, ["sampler", "sample(T, seed=", "str"]),
+        ("sampler-class", lambda: train(MAML(net()), Sinusoid), T, ["sampler", "Sinusoid is a class", "Sinusoid(…)"]),
+        ("plain-network", lambda: train(net()), T, ["learner", "Sequential", "MAML(model)"]),
+        ("seed-words", lambda: train(MAML(net()), seed="0"), T, ["seed='0'", "whole number"]),
+        ("labels-for-squares", lambda: train(MAML(classifier()), few()), T, ["targets", "torch.int64", "loss=F.cross_entropy"]),
+        ("no-stream", lambda: train(StreamLearner(net(2, 1), steps=2)), V, ["tasks", "minibatches", "tasks.Stream", "MAML"]),
         ("list-for-validation", lambda: train(MAML(net()), validation=[sines()]), T, ["validation", "sample(T, seed=", "list"]),
+        ("class-for-validation", lambda: train(MAML(net()), validation=Sinusoid), T, ["validation", "Sinusoid is a class"]),
         ("optimizer-of-the-model", lambda: train(MAML(net()), opt=optimizer()), V, ["opt", "learner.parameters()"]),
         ("optimizer-class", lambda: train(MAML(net()), opt=torch.optim.Adam), T, ["opt", "torch.optim.Optimizer"]),
         ("optimizer-lbfgs", lambda: train(MAML(net()), opt=torch.optim.LBFGS(net().parameters())), T, ["opt", "LBFGS", "no closure"]),
         ("scheduler-of-another", foreign_scheduler, V, ["scheduler", "another optimizer"]),
         ("plateau-without-validation", plateau, V, ["scheduler", "validation=SAMPLER"]),
+        ("scheduler-class", lambda: train(MAML(net()), scheduler=torch.optim.lr_scheduler.StepLR), T, ["scheduler", "StepLR(opt, 1000)"]),
+        ("scheduler-by-name", lambda: train(MAML(net()), scheduler="cosine"), T, ["scheduler='cosine'", "torch scheduler"]),
         ("combine-by-name", lambda: train(MAML(net()), combine="pcgrad"), T, ["combine='pcgrad'", "function"]),
+        ("combine-class", lambda: train(MAML(net()), combine=WatchConflict), T, ["combine", "WatchConflict", "function"]),
         ("combine-keeps-tasks", lambda: train(MAML(nn.Linear(1, 1)), combine=lambda g: g), V, ["combine", "it returned", "expected"]),
-        ("clip-negative", lambda: train(MAML(net()), clip=-1), V, ["clip=-1", "positive"]),
-        ("clip-nan", lambda: train(MAML(net()), clip=NAN), V, ["clip=nan", "positive"]),
+        ("clip-negative", lambda: train(MAML(net()), clip=-1), V, ["clip=-1", "above zero"]),
+        ("clip-nan", lambda: train(MAML(net()), clip=NAN), V, ["clip=nan", "above zero"]),
+        ("clip-words", lambda: train(MAML(net()), clip="1"), T, ["clip='1'", "a number", "str"]),
         ("compile-unknown", lambda: train(MAML(net()), compile="always"), V, ["compile='always'", "'auto'"]),
         ("nonfinite-unknown", lambda: train(MAML(net()), nonfinite="ignore"), V, ["nonfinite='ignore'", "'stop' or 'skip'"]),
         ("metric-unknown", lambda: train(MAML(net()), validation=Sinusoid(4, 3), metric="acc"), V, ["metric='acc'", "'accuracy'"]),
@@ -359,10 +410,15 @@ TABLE = {
          V, ["validation_tasks=0", "at least 1"]),
         ("callback-class", lambda: train(MAML(net()), callbacks=[LogFile]), T, ["callbacks", "LogFile is a class", "LogFile(…)"]),
         ("callback-number", lambda: train(MAML(net()), callbacks=[3]), T, ["callbacks", "start, step or end", "int"]),
+        ("callback-not-in-a-list", lambda: train(MAML(net()), callbacks=LogFile("log.csv")), T, ["callbacks", "a list", "LogFile"]),
+        ("precision-unknown", lambda: train(MAML(net()), precision="fp16"), V, ["precision='fp16'", "'bf16'"]),
         ("log-suffix", lambda: LogFile("log.txt"), V, ["path='log.txt'", ".csv or .jsonl"]),
         ("evaluate-nothing", lambda: evaluate(MAML(net()), Sinusoid(), tasks=0), V, ["tasks=0", "at least 1"]),
         ("evaluate-steps", lambda: evaluate(MAML(net()), Sinusoid(), 2, steps=-1), V, ["steps=-1", "at least 0"]),
         ("evaluate-swapped", lambda: evaluate(Sinusoid(), MAML(net())), T, ["learner", "torch.nn.Module", "Sinusoid"]),
+        ("evaluate-network", lambda: evaluate(net(), Sinusoid(), 2), T, ["learner", "Sequential", "MAML(model)"]),
+        ("evaluate-class", lambda: evaluate(MAML(net()), Sinusoid, 2), T, ["sampler", "Sinusoid is a class"]),
+        ("evaluate-metric-class", lambda: evaluate(MAML(net()), Sinusoid(), 2, metric=nn.MSELoss), V, ["metric", "MSELoss", "'loss'"]),
         ("evaluate-metric", lambda: evaluate(MAML(net()), Sinusoid(), 2, metric="mse"), V, ["metric='mse'", "'loss'"]),
         ("accuracy-of-curves", lambda: evaluate(MAML(net()), Sinusoid(), 2, metric="accuracy"),
          V, ["accuracy", "outputs (10, 1)", "[Q, ways]"]),
@@ -374,6 +430,9 @@ TABLE = {
         ("weights-of-torch", of_torch, V, ["weights.pt is damaged", "no checkpoint of metanb"]),
         ("text", text_file, V, ["notes.txt is damaged", "no checkpoint of metanb"]),
         ("pickle-that-runs-code", trap, V, ["trap.pt is damaged", "no checkpoint of metanb"]),
+        ("pickle-that-runs-code-sealed", sealed_trap, V, ["trap.pt is refused", "could run code", "delete it"]),
+        ("rule-for-checkpoint", lambda: train(MAML(net()), checkpoint=rule_file()), V, ["rule.pt", "no run", "another path"]),
+        ("list-for-checkpoint", lambda: load_learner(MAML(net()), saved("list.pt", [1])), V, ["list.pt", "MetaLearner"]),
         ("missing", lambda: load_checkpoint("never.pt"), FileNotFoundError, ["never.pt"]),
         ("another-rate", lambda: train(MAML(net(), lr=0.5), checkpoint=kept()),
          V, ["run.pt", "another run", "SGD.lr was 0.01, now 0.5", "resume=False"]),
@@ -403,10 +462,11 @@ TABLE = {
          V, ["objective", "MultiStep(3)", "5 steps", "same number"]),
     ]),
     "implicit": (lambda: train(IMAML(net(), steps=2, lam=0.5, cg_steps=1, learn_lam=True)), [
-        ("lam-zero", lambda: IMAML(net(), lam=0), V, ["lam=0", "positive", "2.0"]),
-        ("lam-negative", lambda: IMAML(net(), lam=-1.0), V, ["lam=-1.0", "positive"]),
-        ("lam-nan", lambda: IMAML(net(), lam=NAN, learn_lam=True), V, ["lam=nan", "positive"]),
+        ("lam-zero", lambda: IMAML(net(), lam=0), V, ["lam=0", "above zero"]),
+        ("lam-negative", lambda: IMAML(net(), lam=-1.0), V, ["lam=-1.0", "above zero"]),
+        ("lam-nan", lambda: IMAML(net(), lam=NAN, learn_lam=True), V, ["lam=nan", "above zero"]),
         ("cg-steps-zero", lambda: IMAML(net(), cg_steps=0), V, ["cg_steps=0", "at least 1"]),
+        ("lam-words", lambda: IMAML(net(), lam="2.0"), T, ["lam='2.0'", "a number", "str"]),
         ("rule-learned", lambda: IMAML(net(), rule=WeightRates), V, ["rule", "without parameters", "gradient=exact"]),
         ("objective-along", lambda: IMAML(net(), objective=Along()), V, ["objective", "`last`", "gradient=exact"]),
         ("halvings-negative", lambda: NewtonCG(halvings=-1), V, ["halvings=-1", "at least 0"]),
@@ -419,7 +479,7 @@ TABLE = {
         ("one-tensor", lambda: pcgrad(torch.randn(4, 3)), T, ["grads", "{name: [T, *shape]}", "Tensor"]),
         ("grads-and-losses", lambda: pcgrad(meta_grads(MAML(net()), sines())), T, ["grads", "the first of the two", "tuple"]),
         ("no-leading-dimension", lambda: conflict({"w": torch.randn(3), "b": torch.tensor(1.0)}), V, ["grads", "leading dimension T"]),
-        ("watch-never", lambda: WatchConflict(every=0), V, ["every=0", "1 or more"]),
+        ("watch-never", lambda: WatchConflict(every=0), V, ["every=0", "at least 1"]),
     ]),
     "memory": (lambda: (hessian_penalty(MAML(net()), one(sines()), samples=2), train(MAML(net(), init=partial(Generator, inputs=2)))), [
         ("penalty-of-no-weights", lambda: hessian_penalty(ProtoNet(classifier()), one(few().sample(1))),
@@ -497,6 +557,7 @@ TABLE = {
         ("times-too-few", lambda: shaped_loss(torch.rand(4), 2.0, t=torch.arange(3)), V, ["t: 3 for 4 losses", "one time a reading"]),
         ("kind-unknown", lambda: Shaped(s=5.0, kind="cubic"), V, ["kind='cubic'", "'signed'"]),
         ("fall-of-no-time", lambda: Shaped(s=0.0), V, ["s=0.0", "positive"]),
+        ("fall-in-words", lambda: Shaped(s="5"), T, ["s='5'", "number", "str"]),
         ("level-nan", lambda: inverse_exponential(0.0, 1.0, 2.0, NAN), V, ["z=nan", "finite"]),
         ("learned-signed", lambda: Shaped(s=5.0, z=0.1, kind="signed", learn=True), V, ["kind='signed'", "'absolute' or 'squared'"]),
         ("learned-from-zero", lambda: Shaped(s=5.0, learn=True), V, ["z=0.0", "positive"]),
@@ -545,7 +606,7 @@ TABLE = {
         ("distance-unknown", lambda: NearestNeighbour(distance="manhattan"), V, ["distance='manhattan'", "'euclidean' or 'cosine'"]),
         ("name-for-model", lambda: ProtoNet("conv4"), T, ["model", "torch.nn.Module", "str"]),
         ("layer-unknown", lambda: ProtoNet(classifier(), layer="bodi"), V, ["layer='bodi'", "body, head"]),
-        ("scale-zero", lambda: MatchingNet(classifier(), scale=0), V, ["scale=0", "positive"]),
+        ("scale-zero", lambda: MatchingNet(classifier(), scale=0), V, ["scale=0", "above zero"]),
         ("embedding-of-unknown-length", lambda: Siamese(nn.Conv2d(1, 2, 3)), V, ["features", "features=D"]),
         ("embedding-of-no-length", lambda: Siamese(classifier(), features=0), V, ["features=0", "at least 1"]),
         ("embedding-of-images", lambda: train(ProtoNet(nn.Conv2d(1, 2, 3)), few()), V, ["model", "(15, 2, 4, 4)", "nn.Flatten()"]),
