@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAVES', 'Bits', 'support_key', 'rademacher', 'standardise', 'by_channel', 'smooth_batch', 'smooth_instance',
-           'smooth_layer', 'Smooth', 'check_penalty', 'hessian_penalty', 'Waves', 'Forgetting', 'plot_forgetting',
-           'Watch', 'check_families', 'forgetting', 'Generator']
+           'smooth_layer', 'Smooth', 'check_penalty', 'hessian_penalty', 'Waves', 'Forgetting', 'Watch',
+           'check_families', 'forgetting', 'Generator']
 
 # %% ../nbs/14_memorize.ipynb #0ec69010
 import math
@@ -17,23 +17,28 @@ from torch import Tensor, nn
 from torch.func import grad, vjp
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from .core import MetaLearner, Params, Point, Task, dot
+from .core import MetaLearner, Params, Point, Task, check_number, dot
 from .meta_sgd import parameter_tree
 from .tasks import Sinusoid, check_sizes, hashed_bits, scramble, uniform
 from .train import Run, adam, check_parts, derive, evaluate, fit, larger_is_better
 
-# %% ../nbs/14_memorize.ipynb #db8ea35f
+# %% ../nbs/14_memorize.ipynb #bb4c36d8
 class Bits(torch.autograd.Function):
     "A float tensor's bits as integers of the same size, with the rule for `vmap` that older versions of torch lack."
     @staticmethod
-    def forward(t: Tensor) -> Tensor: return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).clone()
+    def forward(t: Tensor) -> Tensor:
+        return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]).clone()
+
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.mark_non_differentiable(output)
+
     @staticmethod
     def backward(ctx, slope): return None
+
     @staticmethod
     def vmap(info, in_dims, t): return Bits.apply(t), in_dims[0]
 
+# %% ../nbs/14_memorize.ipynb #db8ea35f
 def support_key(
     x: Tensor,  # support inputs
     y: Tensor,  # support targets
@@ -55,7 +60,7 @@ def rademacher(
     signs = 1 - 2 * (hashed_bits(key, sum(sizes), skip) & 1)
     return {n: s.view(t.shape).to(t) for (n, t), s in zip(like.items(), signs.split(sizes))}
 
-# %% ../nbs/14_memorize.ipynb #fca15a7a
+# %% ../nbs/14_memorize.ipynb #5c628723
 def standardise(x: Tensor, dims, weight, bias, eps: float) -> Tensor:
     "(x − mean) / √(variance + eps) over `dims`, times weight, plus bias, in operations that can be differentiated any number of times."
     centred = x - x.mean(dims, keepdim=True)
@@ -66,19 +71,24 @@ def by_channel(x: Tensor, *tensors) -> list:
     "Tensors [C], or None, shaped to multiply x [N, C, ...] channel by channel."
     return [t if t is None else t.view(-1, *[1] * (x.ndim - 2)) for t in tensors]
 
+# %% ../nbs/14_memorize.ipynb #979d2f86
 def smooth_batch(input, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    "`F.batch_norm` in elementary operations where the statistics are the batch's."
     if not training or running_mean is not None:  # fixed statistics are no trouble, and ones to be updated are left to torch
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return standardise(input, [d for d in range(input.ndim) if d != 1], *by_channel(input, weight, bias), eps)
 
 def smooth_instance(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
+    "`F.instance_norm` in elementary operations where the statistics are the instance's."
     if not use_input_stats or running_mean is not None:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return standardise(input, list(range(2, input.ndim)), *by_channel(input, weight, bias), eps)
 
 def smooth_layer(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    "`F.layer_norm` in elementary operations."
     return standardise(input, list(range(-len(normalized_shape), 0)), weight, bias, eps)
 
+# %% ../nbs/14_memorize.ipynb #fca15a7a
 class Smooth(TorchFunctionMode):
     "A context in which normalising layers are made of elementary operations."
     instead = {F.batch_norm: smooth_batch, F.instance_norm: smooth_instance, F.layer_norm: smooth_layer}
@@ -86,14 +96,14 @@ class Smooth(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.instead.get(func, func)(*args, **(kwargs or {}))
 
-# %% ../nbs/14_memorize.ipynb #9a42963a
+# %% ../nbs/14_memorize.ipynb #d1f196f5
 def check_penalty(learner, coefficient: float, samples: int) -> None:
     "Refuses what has no Hessian penalty, by name."
     if not isinstance(learner, MetaLearner):
         raise TypeError(f"learner: the penalty needs adapted weights, so a MetaLearner; got {type(learner).__name__}")
-    if not 0 <= coefficient < math.inf: raise ValueError(f"coefficient={coefficient}: the penalty's weight is zero or more, and finite")
-    check_sizes(samples=samples)
+    check_number(coefficient=coefficient); check_sizes(samples=samples)
 
+# %% ../nbs/14_memorize.ipynb #9a42963a
 def hessian_penalty(
     learner: MetaLearner,
     task: Task,  # one task; its support set is used
@@ -151,29 +161,31 @@ class Forgetting:
     def at(self, family: int, step: int) -> float:
         "The result on a family after so many meta-steps, signed so that more is better."
         return (1 if self.larger else -1) * self.values[family, self.steps.tolist().index(step)].item()
+
     @property
     def drop(self) -> dict[str, float]:
         "What was lost of each family but the last between the end of its own training and the end of all."
         return {n: self.at(f, self.ends[f]) - self.at(f, self.ends[-1]) for f, n in enumerate(self.names[:-1])}
+
     @property
     def transfer(self) -> dict[str, float]:
         "What was gained on each family but the first before its own training."
         return {n: self.at(f, self.ends[f - 1]) - self.at(f, 0) for f, n in enumerate(self.names) if f}
+
     def __repr__(self) -> str:
         show = lambda title, gains: f"{title} " + ", ".join(f"{n} {v:+.3f}" for n, v in gains.items())
         final = ", ".join(f"{n} {v:.3f} ± {c:.3f}" for n, v, c in zip(self.names, self.values[:, -1], self.ci95[:, -1]))
         return "; ".join([f"{self.metric} at the end: {final}"] + [show(f"{what}:", getattr(self, what)) for what in ("drop", "transfer")])
-    def plot(self, ax=None): return plot_forgetting(self, ax)
 
-def plot_forgetting(result: Forgetting, ax=None):
-    "One curve a family with its interval; a line where the next family's training begins."
-    ax = plt.subplots(figsize=(6, 2.8))[1] if ax is None else ax
-    for name, v, c in zip(result.names, result.values, result.ci95):
-        line = ax.plot(result.steps, v, "o-", ms=3, label=name)[0]
-        ax.fill_between(result.steps, v - c, v + c, alpha=0.2, color=line.get_color())
-    for end in result.ends[:-1]: ax.axvline(end, color="0.6", ls=":")
-    ax.set(xlabel="meta-step", ylabel=result.metric); ax.legend(fontsize=7)
-    return ax
+    def plot(self, ax=None):
+        "One curve a family with its interval; a line where the next family's training begins."
+        ax = plt.subplots(figsize=(6, 2.8))[1] if ax is None else ax
+        for name, v, c in zip(self.names, self.values, self.ci95):
+            line = ax.plot(self.steps, v, "o-", ms=3, label=name)[0]
+            ax.fill_between(self.steps, v - c, v + c, alpha=0.2, color=line.get_color())
+        for end in self.ends[:-1]: ax.axvline(end, color="0.6", ls=":")
+        ax.set(xlabel="meta-step", ylabel=self.metric); ax.legend(fontsize=7)
+        return ax
 
 # %% ../nbs/14_memorize.ipynb #c6faae5b
 class Watch:
@@ -186,6 +198,7 @@ class Watch:
         adapt: int | None = None,  # adaptation steps in a test; None for the learner's own
         metric=None,  # see `evaluate`
     ):
+        check_sizes(every=every, checks=checks)
         self.tests, self.every, self.checks, self.adapt, self.metric = tests, every, checks, adapt, metric
         self.before, self.rows = 0, {}  # meta-steps of earlier runs; {meta-steps: one `Result` a family}
 
@@ -202,6 +215,7 @@ class Watch:
         larger = larger_is_better(self.metric if callable(self.metric) else name)
         return Forgetting(tuple(self.tests), torch.tensor(list(self.rows)), last("mean"), last("ci95"), ends, name, larger)
 
+# %% ../nbs/14_memorize.ipynb #ea2d0748
 def check_families(learner, families, tests, options: dict) -> None:
     "Refuses what is not families and their tests, by name."
     if not isinstance(families, dict) or len(families) < 2:

@@ -213,6 +213,7 @@ def test_penalty_errors_name_the_argument():
     learner, task = MAML(net()), single(CURVES)
     for bad in (-1e-3, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="coefficient="): hessian_penalty(learner, task, coefficient=bad)
+    with pytest.raises(TypeError, match="coefficient='0.1': give a number"): hessian_penalty(learner, task, coefficient="0.1")
     with pytest.raises(ValueError, match="samples=0"): hessian_penalty(learner, task, samples=0)
     with pytest.raises(TypeError, match="samples=1.5"): hessian_penalty(learner, task, samples=1.5)
     for bad in (nn.Linear(1, 1), Learner(), None):
@@ -297,9 +298,12 @@ def test_forgetting_errors_name_the_argument():
     for name in ("checkpoint", "validation", "scheduler"):
         with pytest.raises(ValueError, match=name): forgetting(curve_learner(), FAMILIES, **{name: "x"})
     for bad in (dict(steps=0), dict(every=0), dict(tasks=0), dict(checks=0)):
-        name = "tasks" if "checks" in bad else next(iter(bad))
-        with pytest.raises(ValueError, match=f"{name}=0"): forgetting(curve_learner(), FAMILIES, **{**SHORT, **bad})
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=0"): forgetting(curve_learner(), FAMILIES, **{**SHORT, **bad})
     with pytest.raises(TypeError, match="families"): forgetting(curve_learner(), {"a": Sinusoid(), "b": 3}, **SHORT)
+    for bad in (dict(steps="4"), dict(every="2"), dict(steps=2.5)):
+        with pytest.raises(TypeError, match=f"{next(iter(bad))}=.*give a whole number"): forgetting(curve_learner(), FAMILIES, **{**SHORT, **bad})
+    with pytest.raises(ValueError, match="every=0"): Watch(FAMILIES, every=0)
+    with pytest.raises(ValueError, match="checks=0"): Watch(FAMILIES, every=1, checks=0)
 
 
 # ---- the generator
