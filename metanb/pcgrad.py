@@ -118,7 +118,7 @@ def meta_pcgrad(
 class Grouped(Sampler):
     "As many tasks from each of G samplers, group after group: `Grouped(parts)` with `partial(meta_pcgrad, groups=len(parts))`."
     def __init__(self, parts: Sequence):
-        if len(parts) < 1: raise ValueError("parts: give one sampler or more, each the source of a group")
+        if not isinstance(parts, Sequence) or not parts: raise ValueError("parts: give a list of one sampler or more, a group each")
         self.parts = list(parts)
 
     def sample(self, T: int, seed: int = 0, step: int = 0, start: int = 0) -> Task:

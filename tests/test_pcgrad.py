@@ -195,7 +195,8 @@ def test_groups_of_tasks_are_those_that_meta_pcgrad_takes_apart():
         batch = Grouped(parts).sample(T, seed=1)
         each = [part.sample(max(1, n), seed=derive(1, k)).x[:n] for k, (part, n) in enumerate(zip(parts, sizes))]
         assert torch.equal(batch.x, torch.cat(each))
-    with pytest.raises(ValueError, match="parts: give one sampler or more"): Grouped([])
+    for wrong in ([], parts[0], None):
+        with pytest.raises(ValueError, match="parts: give a list of one sampler or more"): Grouped(wrong)
 
 
 @pytest.mark.cuda
