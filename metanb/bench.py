@@ -459,7 +459,7 @@ def work(connection, threads: int, job: Callable, *args) -> None:
         except (EOFError, BrokenPipeError): pass  # the parent is gone
         except Exception as e: connection.send((False, f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"))
 
-# %% ../nbs/34_bench.ipynb #8faa668d
+# %% ../nbs/34_bench.ipynb #c2b79a79
 class Child:
     "A process that does one job, as seen from outside."
     def __init__(self, threads: int, limit: float, job: Callable, *args):
@@ -475,7 +475,7 @@ class Child:
         "What the process says next."
         if not self.connection.poll(self.limit): raise Failed(f"no answer within {self.limit:g} s")
         try: fine, value = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             killed = ", perhaps for want of memory" * (self.process.exitcode == -9)
             raise Failed(f"its process ended with exit code {self.process.exitcode}{killed}")
@@ -483,14 +483,15 @@ class Child:
         return value
 
     def ask(self, order):
-        self.connection.send(order)
+        with contextlib.suppress(OSError): self.connection.send(order)  # of an ended process, the answer is that it has ended
         return self.answer()
 
-    def close(self, patience: float = 0.0) -> None:
-        self.process.join(patience)
+    def close(self) -> None:
+        "Lets the process end by itself, for a moment."
+        self.connection.close()
+        self.process.join(2)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
 # %% ../nbs/34_bench.ipynb #8d4bc187
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,17 @@ def test_who_disagrees_is_refused_and_who_fails_has_a_row(table):
     text, web = repr(result), result._repr_html_()
     for row in result.rows: assert row.implementation in text and row.implementation in web
     assert "gradients disagree" in text and "threads 1" in text
+
+
+def sleeps(connection): time.sleep(60)
+
+
+def test_a_process_that_hangs_or_has_ended_is_told():
+    child = module.Child(1, 0.3, sleeps)
+    with pytest.raises(module.Failed, match="no answer within 0.3 s"): child.answer()
+    child.process.kill(), child.process.join()
+    with pytest.raises(module.Failed, match="ended with exit code -9, perhaps for want of memory"): child.ask(1.0)
+    child.close()
 
 
 def test_vary_gives_the_sizes_asked_for(table):
