@@ -6,7 +6,7 @@
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'in_own_dtype',
            'Point', 'select', 'check_number', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact',
            'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'compiled',
-           'check_learner', 'check_tasks', 'meta_grads', 'scale', 'provenance']
+           'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance']
 
 # %% ../nbs/00_core.ipynb #5e452623
 import copy, math, os, platform, warnings
@@ -215,7 +215,7 @@ def mean(grads: Params) -> Params:
     "The average over tasks, {name: [T, *shape]} → {name: [*shape]}."
     return {n: g.mean(0) for n, g in grads.items()}
 
-# %% ../nbs/00_core.ipynb #5c99a0df
+# %% ../nbs/00_core.ipynb #9390077b
 ELEMENTWISE = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss  # losses that would broadcast [N, 1] against [N] to [N, N]
 
 class Learner(nn.Module):
@@ -236,6 +236,8 @@ class Learner(nn.Module):
             raise ValueError(f"the model's outputs have shape {tuple(outputs.shape)}, the targets {tuple(y.shape)}: reshape one of them")
         if self.loss in ELEMENTWISE and not y.is_floating_point():
             raise TypeError(f"the targets are {y.dtype}, {self.loss.__name__} is for floats: use loss=F.cross_entropy for class labels")
+        if self.loss is F.cross_entropy and y.is_floating_point() and outputs.shape[-1] == 1:
+            raise ValueError("the cross-entropy of a single output is zero whatever it is: use loss=F.mse_loss for numbers")
         return self.loss(outputs, y)
 
     def __getstate__(self) -> dict:
@@ -403,7 +405,17 @@ def check_tasks(tasks: Task, chunk: int | None) -> None:
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk={chunk!r}: tasks at a time, 1 or more, or None for all")
 
-# %% ../nbs/00_core.ipynb #c3dbe088
+# %% ../nbs/00_core.ipynb #88976ecb
+def explain(error: Exception, tasks: Task, chunk: int | None) -> None:
+    "Raises the error of a computation on `tasks` again, in words of the arguments where they are known."
+    labels = torch.cat([tasks.y.flatten(), tasks.yq.flatten()])
+    if "out of bounds" in str(error) and not labels.is_floating_point():
+        raise ValueError(f"tasks: labels from {labels.min()} to {labels.max()} for a model with fewer outputs, or negative ones; "
+                         "give the model as many outputs as a task has ways") from error
+    if chunk != 1: error.add_note("If chunk=1, which runs the tasks one after another, works, the model has an operation that vmap has no rule for.")
+    raise error
+
+# %% ../nbs/00_core.ipynb #af46ac6b
 def meta_grads(
     learner: Learner,  # its trainable parameters are the meta-parameters
     tasks: Task,  # a batch: every tensor has a leading dimension T
@@ -420,9 +432,7 @@ def meta_grads(
         if t.is_floating_point() and t.dtype != dtype: raise TypeError(f"tasks: {name} is {t.dtype}, the learner {dtype}; use tasks.to({dtype})")
     grads = partial(task_grads, learner, chunk=chunk)
     try: return (compiled(learner, grads, chunk) if compile else grads)(meta_params, tasks)
-    except RuntimeError as e:
-        if chunk != 1: e.add_note("If chunk=1, which runs the tasks one after another, works, the model has an operation that vmap has no rule for.")
-        raise
+    except (RuntimeError, IndexError) as e: explain(e, tasks, chunk)
 
 # %% ../nbs/00_core.ipynb #29a9bd5c
 def scale(smoke, quick, full):

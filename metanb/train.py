@@ -8,9 +8,9 @@ __all__ = ['SEAL', 'COMPILE', 'accuracy', 'choose_metric', 'larger_is_better', '
            'plot_history', 'LogFile', 'save_history', 'save_checkpoint', 'load_checkpoint', 'Run', 'as_callback',
            'tell', 'settings', 'label', 'stateful', 'identity', 'snapshot', 'check_resume', 'restore', 'load_learner',
            'Validate', 'Checkpoint', 'watched', 'Progress', 'TensorBoard', 'interruptible', 'running',
-           'check_optimizer', 'check_choices', 'explain', 'adam', 'update', 'watchers', 'source', 'fit']
+           'check_optimizer', 'check_choices', 'tell_nonfinite', 'adam', 'update', 'watchers', 'source', 'fit']
 
-# %% ../nbs/04_train.ipynb #b6c4d31c
+# %% ../nbs/04_train.ipynb #f3ebe98d
 import contextlib, csv, hashlib, html, io, json, math, os, pickle, signal, sys, threading, time
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import clip_grad_value_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from .compute import (agree, check_parts, check_precision, choose_chunk, derive, draw, from_first, meta_gradients, own_randomness, pays,
-                           placed, precise, rank, reseed, share, start_alike)
-from .core import Learner, Params, Task, check_number, mean
+from .compute import (agree, check_parts, check_precision, choose_chunk, derive, draw, from_first, meta_gradients, own_randomness, part,
+                           pays, placed, precise, rank, reseed, share, start_alike)
+from .core import Learner, Params, Task, check_number, explain, mean
 from .data import replace_file
 from .tasks import check_sizes
 
@@ -110,7 +110,7 @@ def curves(learner: Learner, tasks: Task, steps: int | None, score: Callable, ch
     if chunk == 1: return torch.stack([one(Task(*task)) for task in zip(*tasks)])
     return vmap(one, randomness="different")(tasks)
 
-# %% ../nbs/04_train.ipynb #f4e6af12
+# %% ../nbs/04_train.ipynb #2622eb01
 def evaluate(
     learner: Learner,  # any learner
     sampler,  # where test tasks come from
@@ -132,8 +132,11 @@ def evaluate(
         name, score = choose_metric(learner, metric, one.yq)
         size = chunk or tasks_at_once(one)
         batches = (draw(sampler, min(size, tasks - start), device, dtype, start=start, **which) for start in range(0, tasks, size))
-        values = torch.cat([curves(learner, batch, steps, score, chunk) for batch in batches])
-        return Result(values, name, norm_mode(learner), seed)
+        values = []
+        for batch in batches:
+            try: values.append(curves(learner, batch, steps, score, chunk))
+            except (RuntimeError, IndexError) as e: explain(e, batch, chunk)
+        return Result(torch.cat(values), name, norm_mode(learner), seed)
 
 # %% ../nbs/04_train.ipynb #8c35b9cf
 class History:
@@ -336,7 +339,7 @@ def identity(run: Run) -> dict[str, str]:
     named["parts with a state"] = ", ".join(type(p).__name__ for p in stateful(run)) or "none"
     return {**named, **axes, "tasks": str(run.tasks), "seed": str(run.seed), **plain, **weights}
 
-# %% ../nbs/04_train.ipynb #bbd276d3
+# %% ../nbs/04_train.ipynb #5269999b
 def snapshot(run: Run) -> dict:
     "Everything the next meta-step depends on, as tensors and plain values."
     history = {n: torch.tensor(v, dtype=torch.int64 if n == "step" else torch.float64) for n, v in run.history.data.items()}
@@ -365,7 +368,7 @@ def restore(run: Run, path: str | os.PathLike) -> None:
     if run.scheduler is not None: run.scheduler.load_state_dict(state["scheduler"])
     for part, kept in zip(stateful(run), state["others"], strict=True): part.load_state_dict(kept)
     run.history.data, run.history.metric = {n: v.tolist() for n, v in state["history"].items()}, state["metric"]
-    run.step, run.chunk, run.saved = state["step"], state["chunk"], f"{path} at step {state['step']}"
+    run.step, run.chunk, run.saved = state["step"], state.get("chunk", "auto"), f"{path} at step {state['step']}"
 
 # %% ../nbs/04_train.ipynb #33ffad56
 def load_learner(learner: Learner, path: str | os.PathLike) -> Learner:
@@ -518,8 +521,8 @@ def check_choices(combine, clip, chunk, compile, nonfinite) -> None:
     if compile not in COMPILE: raise ValueError(f"compile={compile!r}: use {', '.join(map(repr, COMPILE))}")
     if nonfinite not in ("stop", "skip"): raise ValueError(f"nonfinite={nonfinite!r}: use 'stop' or 'skip'")
 
-# %% ../nbs/04_train.ipynb #4e4e8dc8
-def explain(run: Run, loss: float, size: float) -> str:
+# %% ../nbs/04_train.ipynb #30299289
+def tell_nonfinite(run: Run, loss: float, size: float) -> str:
     "What to say about a meta-step that is not finite."
     return (f"meta-step {run.step + 1}: the meta-loss is {loss:g} and its gradient's norm {size:g}; "
             f"the learner is left as it was after step {run.step}. "
@@ -546,7 +549,7 @@ def update(
         if callable(clip): clip(params)
         elif clip is not None: clip_grad_value_(params, clip)
         run.opt.step()
-    elif nonfinite == "stop": raise FloatingPointError(explain(run, loss, size))
+    elif nonfinite == "stop": raise FloatingPointError(tell_nonfinite(run, loss, size))
     run.step += 1
     run.history.append(step=run.step, loss=loss, grad_norm=size, lr=rate, seconds=time.perf_counter() - run.clock)
     if run.scheduler is not None and not isinstance(run.scheduler, ReduceLROnPlateau): run.scheduler.step()
@@ -563,13 +566,12 @@ def watchers(run: Run, validation, every, tasks, metric, callbacks, checkpoint, 
     if checkpoint is not None: out.append(Checkpoint(checkpoint, checkpoint_every))
     return [*out, Progress()] if progress else out
 
-# %% ../nbs/04_train.ipynb #00293197
+# %% ../nbs/04_train.ipynb #a7703f7f
 def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "auto") -> Callable:
     "The run's (meta_params, step) -> (one gradient, its `summary`), with what is 'auto' decided."
     if chunk == "auto" and run.chunk == "auto":  # a resumed run goes on as it began
-        given = dict(seed=run.seed, start=share(run.tasks)[0])
-        batch = None if hasattr(run.sampler, "gradients") else draw(run.sampler, share(run.tasks)[1], *placed(run.learner), **given)
-        run.chunk = batch and choose_chunk(run.learner, batch)
+        batch = None if hasattr(run.sampler, "gradients") else draw(run.sampler, run.tasks, *placed(run.learner), seed=run.seed)
+        run.chunk = batch and choose_chunk(run.learner, part(batch, *share(run.tasks)))
     elif chunk != "auto": run.chunk = chunk
     compile = pays(run.learner, run.steps) if compile == "auto" else compile
     return meta_gradients(run.learner, run.sampler, run.tasks, run.seed, run.combine, run.chunk, compile)

@@ -13,14 +13,16 @@ from metanb.compute import distributed, rank
 from metanb.maml import MAML, Reptile
 from metanb.meta_sgd import MetaSGD
 from metanb.models import MLP
-from metanb.pcgrad import meta_pcgrad, pcgrad
+from metanb.pcgrad import Grouped, meta_pcgrad, pcgrad
 from metanb.tasks import Sinusoid
 from metanb.train import fit, load_checkpoint
 
 SINES = Sinusoid(shots=5, queries=5, dtype=torch.float64)
+LOW = Sinusoid(shots=5, queries=5, frequency=(0.2, 0.4), dtype=torch.float64)
 RUNS = {  # seven tasks: neither two nor four processes get equally many
     "mean": dict(method=MAML, tasks=7), "pcgrad": dict(method=MAML, tasks=7, combine=pcgrad), "reptile": dict(method=Reptile, tasks=7),
     "groups": dict(method=MetaSGD, tasks=6, combine=partial(meta_pcgrad, groups=3)),
+    "grouped": dict(method=MAML, tasks=6, combine=partial(meta_pcgrad, groups=2), sampler=Grouped([SINES, LOW])),
 }
 
 
@@ -31,7 +33,7 @@ def run(folder, name, steps=8, checkpoint=None, **options):
     learner = how.pop("method")(MLP(1, 8, 8, 1, std=None).double(), lr=0.05, steps=2)
     opt = torch.optim.Adam(learner.parameters(), 1e-2)
     path = None if checkpoint is None else Path(folder) / f"{checkpoint}.ckpt"
-    history = fit(learner, SINES, steps, opt=opt, seed=3, checkpoint=path, checkpoint_every=1, progress=False, validation=SINES,
+    history = fit(learner, how.pop("sampler", SINES), steps, opt=opt, seed=3, checkpoint=path, checkpoint_every=1, progress=False, validation=SINES,
                   validate_every=4, validation_tasks=5, **how, **options)
     return dict(weights={n: p.detach() for n, p in learner.named_parameters()}, losses=history["loss"], validation=history["validation"])
 
