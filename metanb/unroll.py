@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['check_on', 'Along', 'Momentum', 'begin', 'read', 'advance', 'Method', 'Flat', 'Pullback', 'Recompute', 'recompute',
            'unrolled', 'Recomputed', 'Truncated', 'check_stream', 'StreamLearner', 'check_paths', 'loss_curves',
-           'RandomStart', 'segment_loss', 'segment_grads', 'FiniteOnly', 'Trajectories', 'fit_truncated', 'peak_memory',
-           'short_peak', 'choose_segment']
+           'RandomStart', 'segment_loss', 'segment_grads', 'FiniteOnly', 'Trajectories', 'fit_truncated', 'short_peak',
+           'choose_segment']
 
-# %% ../nbs/05_unroll.ipynb #13921476
+# %% ../nbs/05_unroll.ipynb #a771ffff
 import contextlib, copy, math
 from functools import partial
 from typing import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from .compute import check_parts, draw, own_randomness, peak_memory, placed
 from .core import (MetaLearner, Params, Task, add, check_model, check_number, check_tasks, exact, first_order, inner_step, last, mean,
                          select, task_grads)
 from .tasks import check_sizes
-from .train import History, check_parts, draw, evaluating, fit, own_randomness, placed, settings
+from .train import History, evaluating, fit, settings
 
 # %% ../nbs/05_unroll.ipynb #199f4b9a
 def check_on(on: str) -> None:
@@ -424,19 +424,6 @@ def fit_truncated(
         raise ValueError("learner: it has no trainable parameters, so there is nothing to fit")
     first = getattr(learner.gradient, "first_order", learner.gradient is first_order)
     return fit(learner, Trajectories(learner, sampler, unroll, first, tasks, seed, chunk), steps, tasks, seed=seed, **options)
-
-# %% ../nbs/05_unroll.ipynb #d2de2ab3
-def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    "The most bytes of live tensors that a call allocates at one time."
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device); torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: run()
-    live = top = 0
-    for event in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes(); top = max(top, live)
-    return top
 
 # %% ../nbs/05_unroll.ipynb #8fbaddaf
 def short_peak(learner: MetaLearner, tasks: Task, steps: int, chunk: int | None = None) -> int:
