@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'gru_cell', 'slow_gru', 'running_rms', 'ratio', 'relative_log', 'per_tensor', 'per_weight',
-           'check_rule_sizes', 'HierarchicalRule', 'LogAlong', 'Bowl', 'Valley', 'Rosenbrock', 'Teacher', 'Rescaled',
-           'ZooRun', 'Problem', 'blank', 'zoo', 'unseen', 'lengths', 'Round', 'fit_zoo']
+           'check_rule_sizes', 'HierarchicalRule', 'LogAlong', 'Bowl', 'blank', 'Valley', 'Rosenbrock', 'Teacher',
+           'Rescaled', 'ZooRun', 'Problem', 'zoo', 'unseen', 'lengths', 'Round', 'Rounds', 'check_problems', 'fit_zoo']
 
-# %% ../nbs/19_hierarchical.ipynb #a275e0e3
+# %% ../nbs/19_hierarchical.ipynb #af9193fe
 import copy, math
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from .core import Params, Task
-from .lstm import squared_error
+from .compute import derive, placed, reseed
+from .core import Params, Task, check_model, check_number
+from .lstm import check_rule, squared_error
 from .maml import safe_sqrt
 from .models import MLP
 from .tasks import Sampler, check_dtype, check_ranges, check_sizes, choose, normal, task_keys, uniform, within
-from .train import derive
-from .unroll import Along, FiniteOnly, RandomStart, StreamLearner, Truncated, fit_truncated
+from .train import History, fit, settings
+from .unroll import Along, FiniteOnly, RandomStart, StreamLearner, Trajectories, Truncated
 
 # %% ../nbs/19_hierarchical.ipynb #07c1a5de
 def gru_cell(
@@ -175,7 +176,7 @@ class HierarchicalRule(nn.Module):
 
     def extra_repr(self) -> str: return f"sizes={self.sizes}, timescales={self.timescales}, rates={self.rates}"
 
-# %% ../nbs/19_hierarchical.ipynb #2b55f107
+# %% ../nbs/19_hierarchical.ipynb #c16a8e76
 class LogAlong(Along):
     "The mean logarithm of the losses along the inner loop, each divided by the first one read."
     def __init__(
@@ -186,13 +187,14 @@ class LogAlong(Along):
         eps: float = 1e-6,  # the share of the first loss below which nothing is gained
     ):
         super().__init__(every, start, on)
+        check_number(eps=eps)
         if not 0 < eps < 1: raise ValueError(f"eps={eps}: a share of the first loss, above 0 and below 1")
         self.eps = eps
 
     def value(self, losses: Tensor) -> Tensor:
         return torch.log(losses / losses[0].detach().clamp_min(FLOOR) + self.eps).mean()
 
-# %% ../nbs/19_hierarchical.ipynb #0f987a0f
+# %% ../nbs/19_hierarchical.ipynb #5c3689f7
 @dataclass(frozen=True)
 class Bowl(Sampler):
     "‖W(θ − θ*)‖² with WᵀW's eigenvalues evenly spaced in the logarithm: x = W [T, 1, dim, dim], y = Wθ* [T, 1, dim, 1], one minibatch."
@@ -213,6 +215,14 @@ class Bowl(Sampler):
         x = torch.exp(-spread * place / 2)[..., None] * turn
         return Task(x[..., None, :, :], (x @ end)[..., None, :, :], x, x @ end)
 
+def blank(dim: int) -> nn.Linear:
+    "θ ↦ Wθ, from zero."
+    check_sizes(dim=dim)
+    line = nn.Linear(dim, 1, bias=False)
+    nn.init.zeros_(line.weight)
+    return line
+
+# %% ../nbs/19_hierarchical.ipynb #12df8bea
 @dataclass(frozen=True)
 class Valley(Sampler):
     "Coefficients of Rosenbrock's valley: x = (p, √q) [T, 1, 1, 2], y = 0 [T, 1, 1, 2 (dim − 1)], one minibatch."
@@ -236,12 +246,14 @@ class Rosenbrock(nn.Module):
     "The residuals of Rosenbrock's valley, (p, √q) [N, 2] → [N, 2 (dim − 1)]; with dim = 2 they vanish at (p, p²)."
     def __init__(self, dim: int = 2):
         super().__init__()
+        check_sizes(2, dim=dim)
         self.theta = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         theta, p, q = self.theta, x[:, :1], x[:, 1:]
         return torch.cat([p - theta[:-1], q * (theta[1:] - theta[:-1] ** 2)], -1)
 
+# %% ../nbs/19_hierarchical.ipynb #05ea785a
 @dataclass(frozen=True)
 class Teacher(Sampler):
     "Normal points labelled by a random map or net: x [T, steps, batch, dim], y [T, steps, batch], xq [T, queries, dim], yq [T, queries]."
@@ -258,7 +270,7 @@ class Teacher(Sampler):
     def __post_init__(self):
         check_sizes(dim=self.dim, steps=self.steps, batch=self.batch, queries=self.queries)
         check_sizes(2, classes=self.classes); check_sizes(0, hidden=self.hidden); check_dtype(self.dtype)
-        if not self.noise >= 0: raise ValueError(f"noise={self.noise}: a standard deviation is zero or more")
+        check_number(noise=self.noise)
 
     def draw(self, keys: Tensor) -> Task:
         sizes, skip = [self.dim, *[self.hidden] * (self.hidden > 0), self.classes], 0
@@ -276,12 +288,12 @@ class Teacher(Sampler):
         stream = lambda t: t[..., :n, :].unflatten(-2, (self.steps, self.batch))
         return Task(stream(x), y[..., :n].unflatten(-1, (self.steps, self.batch)), x[..., n:, :], y[..., n:])
 
-# %% ../nbs/19_hierarchical.ipynb #3075da44
+# %% ../nbs/19_hierarchical.ipynb #bb34b181
 class Rescaled(nn.Module):
     "A model whose weights are in other units: with weights w it computes what the inner one does with ζ w."
     def __init__(self, model: nn.Module, zoom: float = 1.0):
         super().__init__()
-        if not zoom > 0: raise ValueError(f"zoom={zoom}: what the weights are multiplied by is above zero")
+        check_model(model, 0); check_number(above=0.0, zoom=zoom)
         self.inner, self.zoom = model, zoom
         self.names = [n for n, _ in model.named_parameters()]
         with torch.no_grad():
@@ -290,6 +302,7 @@ class Rescaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional_call(self.inner, {n: self.zoom * attrgetter(n)(self.inner) for n in self.names}, (x,))
 
+# %% ../nbs/19_hierarchical.ipynb #0bfdf59f
 class ZooRun(StreamLearner):
     "A training run with noise on its gradients and its loss in other units, as a meta-learner of its rule."
     def __init__(
@@ -299,8 +312,7 @@ class ZooRun(StreamLearner):
         factor: float = 1.0,  # what the loss is multiplied by
         **axes,  # any choice on an axis, see `MetaLearner`
     ):
-        if not noise >= 0: raise ValueError(f"noise={noise}: a standard deviation is zero or more")
-        if not factor > 0: raise ValueError(f"factor={factor}: what the loss is multiplied by is above zero")
+        check_number(noise=noise); check_number(above=0.0, factor=factor)
         super().__init__(model, **axes)
         self.noise, self.factor = noise, factor
 
@@ -314,6 +326,7 @@ class ZooRun(StreamLearner):
         tilt = lambda params: sum((torch.randn_like(params[n]) * params[n]).sum() for n in self.names)
         return lambda params, step: clean(params, step) + self.noise * self.factor * tilt(params)
 
+# %% ../nbs/19_hierarchical.ipynb #8de73595
 class Problem(NamedTuple):
     "One animal of the zoo."
     name: str
@@ -331,13 +344,7 @@ class Problem(NamedTuple):
         std = self.std if self.std is None else self.std / self.zoom
         return ZooRun(Rescaled(copy.deepcopy(self.model), self.zoom), self.noise, self.factor, init=partial(RandomStart, std=std), **axes)
 
-# %% ../nbs/19_hierarchical.ipynb #3e3b8902
-def blank(dim: int) -> nn.Linear:
-    "θ ↦ Wθ, from zero."
-    line = nn.Linear(dim, 1, bias=False)
-    nn.init.zeros_(line.weight)
-    return line
-
+# %% ../nbs/19_hierarchical.ipynb #16721ae0
 def zoo(
     steps: int = 100,  # minibatches a task, where there are any
     batch: int = 32,
@@ -356,6 +363,7 @@ def zoo(
         labels("softmax", 10, 2), labels("noisy softmax", 20, 5, noise=0.02), labels("softmax, loss × 0.01", 10, 3, factor=0.01),
         labels("net", 8, 3, 8, (16,)), labels("deep net", 8, 2, 8, (12, 8)), labels("noisy net", 12, 3, 6, (12,), noise=0.01)]
 
+# %% ../nbs/19_hierarchical.ipynb #1f83a4dc
 def unseen(steps: int = 100, batch: int = 32) -> list[Problem]:
     "Problems of other sizes, units and kinds than those of `zoo`."
     net = lambda n, units, m, activation: MLP(n, *units, m, activation=activation, std=None)
@@ -368,23 +376,79 @@ def unseen(steps: int = 100, batch: int = 32) -> list[Problem]:
         Problem("net, loss × 1e-4", net(10, (20,), 3, nn.Tanh), data(10, 3, 8), F.cross_entropy, None, factor=1e-4),
         Problem("net, weights × 30", net(10, (20,), 3, nn.Tanh), data(10, 3, 8), F.cross_entropy, None, zoom=30.0)]
 
-# %% ../nbs/19_hierarchical.ipynb #585df903
+# %% ../nbs/19_hierarchical.ipynb #a701c805
 def lengths(
     shortest: int = 50,
     mean: float = 200.0,  # of what is added
     seed: int = 0,
 ) -> Callable[[int], int]:  # number of the draw -> length
     "Random lengths: `shortest` plus an exponential number."
-    check_sizes(shortest=shortest)
-    if not mean >= 0: raise ValueError(f"mean={mean}: of an exponential number, zero or more")
+    check_sizes(shortest=shortest); check_number(mean=mean)
     return lambda k: shortest + int(-mean * math.log1p(-uniform(task_keys(1, seed, k), 1, torch.float64).item()))
 
+# %% ../nbs/19_hierarchical.ipynb #1794b8f4
 class Round(NamedTuple):
     "What one round of `fit_zoo` did."
     problem: str
     unroll: int  # inner steps a segment
     loss: float  # the mean log objective of its segments, NaN where every run diverged
     skipped: int  # diverged segments
+
+class Rounds:
+    "One problem after the other, each as often as the others, in meta-steps of a segment: a source of gradients for `fit`."
+    def __init__(self, rule: nn.Module, problems: list[Problem], segments: int | Callable[[int], int], unroll: int | Callable[[int], int],
+                 tasks: int, first_order: bool, seed: int):
+        self.rule, self.problems, self.segments, self.unroll = rule, problems, segments, unroll
+        self.tasks, self.first_order, self.seed = tasks, first_order, seed
+        self.source = str([(p.name, settings(p.sampler)) for p in problems])
+        self.combine, self.starts, self.paths = FiniteOnly(), [], None  # of each round: its first meta-step, the segments skipped before it
+
+    def sizes(self, k: int) -> tuple[int, int]:
+        "Inner steps of a segment and segments of a run, in round k."
+        unroll, segments = (size(k) if callable(size) else size for size in (self.unroll, self.segments))
+        check_sizes(unroll=unroll, segments=segments)
+        return unroll, segments
+
+    def problem(self, k: int) -> Problem:
+        "Whose turn it is in round k; as many rounds as there are problems take each once, in a random order."
+        n = len(self.problems)
+        return self.problems[choose(task_keys(1, self.seed), n, n, skip=k // n * n)[0, k % n]]
+
+    def begin(self, k: int) -> Trajectories:
+        "The inner loops of round k."
+        (unroll, segments), problem = self.sizes(k), self.problem(k)
+        learner = problem.run(self.rule, unroll * segments, unroll, self.first_order).to(placed(self.rule)[0])
+        return Trajectories(learner, problem.sampler, unroll, self.first_order, self.tasks, derive(self.seed, "round", k))
+
+    def gradients(self, meta_params: Params, step: int) -> tuple[Params, Tensor]:
+        "Meta-gradients {name: [T, *shape]} of the next segment and its losses, see `Trajectories`."
+        if not self.starts or step - self.starts[-1][0] == self.sizes(len(self.starts) - 1)[1]:
+            self.starts.append([step, self.combine.skipped])
+            self.paths = self.begin(len(self.starts) - 1)
+        reseed(derive(self.paths.seed, "step", step - self.starts[-1][0]), placed(self.rule)[0])  # whatever the rounds before were like
+        return self.paths.gradients(meta_params, step)
+
+    def rows(self, history: History) -> list[Round]:
+        "The rounds of a run with this history."
+        ends = [*self.starts[1:], [len(history), self.combine.skipped]]
+        parts = [history["loss"][a:b] for (a, _), (b, _) in zip(self.starts, ends)]
+        lost = [b - a for (_, a), (_, b) in zip(self.starts, ends)]
+        return [Round(self.problem(k).name, self.sizes(k)[0], sum(p) / max(1, len(p)), n) for k, (p, n) in enumerate(zip(parts, lost))]
+
+    def state_dict(self) -> dict: return {"starts": self.starts, "paths": self.paths and self.paths.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.starts, self.paths = [list(start) for start in state["starts"]], None
+        if self.starts:
+            self.paths = self.begin(len(self.starts) - 1)
+            self.paths.load_state_dict(state["paths"])
+
+# %% ../nbs/19_hierarchical.ipynb #3f84a7e3
+def check_problems(problems) -> None:
+    "Refuses what is no list of problems to train on."
+    if not isinstance(problems, (list, tuple)) or isinstance(problems, Problem) or not all(isinstance(p, Problem) for p in problems):
+        raise TypeError(f"problems: expected a list of `Problem`s such as zoo(), got {type(problems).__name__}")
+    if not problems: raise ValueError("problems: there are none to train on; give a list such as zoo()")
 
 def fit_zoo(
     rule: nn.Module,  # trained in place
@@ -397,17 +461,13 @@ def fit_zoo(
     first_order: bool = False,  # treat the inner gradients as constants
     clip: float = 1.0,  # bound on the norm of a meta-gradient
     seed: int = 0,
+    **options,  # of `fit`, such as checkpoint, resume, scheduler and callbacks
 ) -> list[Round]:
     "Trains a rule on runs of one problem after the other, each as often as the others."
-    check_sizes(0, rounds=rounds); check_sizes(tasks=tasks)
-    if not problems: raise ValueError("problems: there are none to train on; give a list such as zoo()")
-    opt, history = torch.optim.Adam(rule.parameters(), 1e-3) if opt is None else opt, []
-    whole, bound = -(-rounds // len(problems)), partial(nn.utils.clip_grad_norm_, max_norm=clip)
-    order = choose(task_keys(1, seed), len(problems), len(problems), rows=max(1, whole))[0].flatten()[:rounds]
-    for k, i in enumerate(order.tolist()):
-        n, m = unroll(k) if callable(unroll) else unroll, segments(k) if callable(segments) else segments
-        learner, left = problems[i].run(rule, n * m, n, first_order), FiniteOnly()
-        options = dict(opt=opt, combine=left, clip=bound, nonfinite="skip", progress=False)
-        losses = fit_truncated(learner, problems[i].sampler, m, n, tasks, seed=derive(seed, "round", k), **options)["loss"]
-        history.append(Round(problems[i].name, n, sum(losses) / len(losses), left.skipped))
-    return history
+    check_rule(rule); check_problems(problems); check_sizes(0, rounds=rounds); check_number(above=0.0, clip=clip)
+    if not any(p.requires_grad for p in rule.parameters()):
+        raise ValueError(f"rule: {type(rule).__name__} has no parameters to train; give one that has, such as HierarchicalRule()")
+    source, bound = Rounds(rule, problems, segments, unroll, tasks, first_order, seed), partial(nn.utils.clip_grad_norm_, max_norm=clip)
+    steps, one = sum(source.sizes(k)[1] for k in range(rounds)), problems[0].run(rule)  # any problem will do: what they share is the rule
+    options = dict(combine=source.combine, clip=bound, nonfinite="skip") | options
+    return source.rows(fit(one.to(placed(rule)[0]), source, steps, tasks, opt, seed, **options))

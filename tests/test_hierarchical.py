@@ -14,6 +14,7 @@ from metanb.lstm import LearnedOptimizer, LSTMRule, load_rule, owners, quadratic
 from metanb.maml import MAML
 from metanb.models import MLP
 from metanb.tasks import Quadratic, Sinusoid
+from metanb.train import load_learner
 from metanb.unroll import Along, FiniteOnly, Recomputed, Truncated, fit_truncated, segment_grads
 
 F64 = torch.float64
@@ -391,9 +392,25 @@ def test_noise_on_gradients_not_on_losses():
     (lambda: Problem("", blank(2), Bowl(2), noise=-1.0).run(SGD()), ValueError, "noise"),
     (lambda: Problem("", blank(2), Bowl(2), factor=0.0).run(SGD()), ValueError, "factor"),
     (lambda: fit_zoo(HierarchicalRule(), [], 3), ValueError, "problems"), (lambda: fit_zoo(HierarchicalRule(), zoo(), -1), ValueError, "rounds"),
-    (lambda: lengths(0), ValueError, "shortest"), (lambda: lengths(1, -1.0), ValueError, "mean")],
+    (lambda: lengths(0), ValueError, "shortest"), (lambda: lengths(1, -1.0), ValueError, "mean"),
+    (lambda: Rosenbrock(1), ValueError, "dim=1: give a whole number of at least 2"), (lambda: blank(0), ValueError, "dim=0"),
+    (lambda: Teacher(noise="x"), TypeError, "noise='x': give a number"), (lambda: lengths(mean="x"), TypeError, "mean='x'"),
+    (lambda: Rescaled(3, 1.0), TypeError, "model: expected a torch.nn.Module"), (lambda: Rescaled(nn.Linear(1, 1), "x"), TypeError, "zoom='x'"),
+    (lambda: Problem("", blank(2), Bowl(2), noise="x").run(SGD()), TypeError, "noise='x'"), (lambda: LogAlong(eps="x"), TypeError, "eps='x'"),
+    (lambda: fit_zoo(HierarchicalRule, zoo(), 1), TypeError, "rule: expected a rule with init"), (lambda: fit_zoo(3, zoo(), 1), TypeError, "rule: expected a rule"),
+    (lambda: fit_zoo(SGD(), zoo(), 1), ValueError, "rule: SGD has no parameters to train"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo, 1), TypeError, "problems: expected a list of `Problem`s such as zoo.., got function"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo()[0], 1), TypeError, "problems: expected a list"),
+    (lambda: fit_zoo(HierarchicalRule(), ["bowl"], 1), TypeError, "problems: expected a list"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo(), 1.5), TypeError, "rounds=1.5"), (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, segments=0), ValueError, "segments=0"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, segments=1.5), TypeError, "segments=1.5"), (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, unroll=0), ValueError, "unroll=0"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, unroll=lambda k: 0), ValueError, "unroll=0"), (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, tasks=0), ValueError, "tasks=0"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, clip=-1.0), ValueError, "clip=-1.0: give a finite number, above zero"),
+    (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, clip="x"), TypeError, "clip='x'"), (lambda: fit_zoo(HierarchicalRule(), zoo(), 1, opt="adam"), TypeError, "opt: ")],
     ids=["bowl", "condition", "valley", "steepness", "classes", "noise", "dtype", "zoom", "run-noise", "factor", "problems", "rounds", "shortest",
-         "mean"])
+         "mean", "rosenbrock", "blank", "noise-word", "mean-word", "rescaled-number", "zoom-word", "run-noise-word", "eps-word", "rule-class",
+         "rule-number", "rule-fixed", "problems-maker", "problems-one", "problems-names", "rounds-fraction", "segments-zero", "segments-fraction",
+         "unroll-zero", "unroll-drawn-zero", "tasks-zero", "clip-negative", "clip-word", "opt-word"])
 def test_bad_problems(make, error, words):
     with pytest.raises(error, match=words): make()
 
@@ -412,6 +429,26 @@ def test_fit_zoo_trains_any_rule_and_repeats_itself(make):
     assert {r.problem for r in rows} == {"bowl", "softmax", "noisy bowl"} and rows == again and all(r.unroll == 2 and r.skipped == 0 for r in rows)
     assert_close(dict(a.named_parameters()), dict(b.named_parameters()), rtol=0, atol=0)
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 5], ids=["start", "in-a-round", "between-rounds", "in-the-next"])
+def test_fit_zoo_goes_on_from_a_checkpoint(at, tmp_path):
+    "Stopped after any meta-step and resumed, it is the uninterrupted run, bit for bit; also with more rounds than were asked for first."
+    def halt(run): run.stop = run.step == at
+    (a, rows), path = trained(lambda: rule(torch.float32), 4), tmp_path / "run"
+    _, first = trained(lambda: rule(torch.float32), 3 if at else 0, checkpoint=path, callbacks=[halt] if at else [])
+    assert len(first) == -(-at // 2) and first[:at // 2] == rows[:at // 2]
+    b, again = trained(lambda: rule(torch.float32), 4, checkpoint=path)
+    assert again == rows
+    assert_close(dict(a.named_parameters()), dict(b.named_parameters()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="seed was 0, now 1"): trained(lambda: rule(torch.float32), 4, checkpoint=path, seed=1)
+    with pytest.raises(ValueError, match="Rounds.first_order was False, now True"): trained(lambda: rule(torch.float32), 4, checkpoint=path, first_order=True)
+
+
+def test_a_rule_comes_out_of_a_zoo_checkpoint(tmp_path):
+    a, _ = trained(lambda: rule(torch.float32), 2, checkpoint=tmp_path / "run")
+    learner = load_learner(zoo(4, 4)[0].run(rule(torch.float32, seed=5)), tmp_path / "run")
+    assert_close(dict(learner.rule.named_parameters()), dict(a.named_parameters()), rtol=0, atol=0)
 
 
 def test_fit_zoo_leaves_diverged_runs_out():
