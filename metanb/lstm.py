@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HAND_MADE', 'log_sign', 'lstm_cell', 'LSTMRule', 'squared_error', 'quadratic_run', 'training_run', 'image_mlp',
-           'small_conv', 'image_stream', 'Nesterov', 'RMSprop', 'Adagrad', 'run_rule', 'final', 'area', 'Sweep', 'tune',
+           'small_conv', 'image_stream', 'Nesterov', 'Adagrad', 'RMSprop', 'run_rule', 'final', 'area', 'Sweep', 'tune',
            'owners', 'check_rule', 'LearnedOptimizer', 'settings_of', 'save_rule', 'find_class', 'load_rule']
 
-# %% ../nbs/18_lstm.ipynb #e217a0a1
+# %% ../nbs/18_lstm.ipynb #8388714f
 import copy, importlib, inspect, math, os
 from functools import partial
 from itertools import chain
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from .compute import own_randomness, reseed
 from .core import MetaLearner, Params, SGD, Task, add, check_number
 from .data import ImageClasses, labelled
+from .dimaml import misfit
 from .maml import Adam, safe_sqrt
 from .models import MLP, conv_block
 from .tasks import Stream, check_sizes
-from .train import load_checkpoint, own_randomness, reseed, save_checkpoint
+from .train import load_checkpoint, save_checkpoint
 from .unroll import Along, Momentum, RandomStart, StreamLearner, Truncated, loss_curves
 
 # %% ../nbs/18_lstm.ipynb #9305aff8
@@ -46,7 +48,7 @@ def lstm_cell(
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
-# %% ../nbs/18_lstm.ipynb #65cb5689
+# %% ../nbs/18_lstm.ipynb #98196a02
 class LSTMRule(nn.Module):
     "θ ← θ + scale · LSTM(∇), the same LSTM on every coordinate ([Andrychowicz et al. 2016](https://arxiv.org/abs/1606.04474))."
     def __init__(
@@ -57,9 +59,8 @@ class LSTMRule(nn.Module):
         scale: float = 0.1,  # of the output
     ):
         super().__init__()
-        check_sizes(hidden=hidden, layers=layers)
+        check_sizes(hidden=hidden, layers=layers); check_number(above=0.0, scale=scale); check_number(p=1.0 if p is None else p)
         if p is not None and not 0 < p < 80: raise ValueError(f"p={p}: use a number between 0 and 80, or None for the raw gradient")
-        if not 0 < scale < math.inf: raise ValueError(f"scale={scale}: what multiplies the network's output is above zero")
         self.hidden, self.layers, self.p, self.scale = hidden, layers, p, scale
         sizes = [1 if p is None else 2] + [hidden] * layers
         self.cells, self.out = nn.ModuleList(nn.LSTMCell(n, m) for n, m in zip(sizes, sizes[1:])), nn.Linear(hidden, 1)
@@ -83,7 +84,7 @@ class LSTMRule(nn.Module):
 
     def extra_repr(self) -> str: return f"hidden={self.hidden}, layers={self.layers}, p={self.p}, scale={self.scale}"
 
-# %% ../nbs/18_lstm.ipynb #cab59580
+# %% ../nbs/18_lstm.ipynb #9ae78be8
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     "‖outputs − targets‖², summed."
     return (outputs - targets).square().sum()
@@ -98,9 +99,11 @@ def quadratic_run(
     reduce: str | Callable[[Tensor], Tensor] = "mean",  # of the losses along the run, see `Along`
 ) -> MetaLearner:
     "Minimising ‖Wθ − y‖² from a random start, as a meta-learner of its rule; its tasks come from `tasks.Quadratic`."
+    check_sizes(dim=dim)
     axes = dict(objective=Along(reduce=reduce), gradient=Truncated(unroll, first_order), steps=steps, loss=squared_error)
     return MetaLearner(nn.Linear(dim, 1, bias=False), init=partial(RandomStart, std=std), rule=rule, **axes)
 
+# %% ../nbs/18_lstm.ipynb #f7a82131
 def training_run(
     model: nn.Module,  # the net to be trained
     rule: nn.Module,  # what is trained or compared
@@ -115,14 +118,15 @@ def training_run(
     axes = dict(objective=Along(on="support", reduce=reduce), gradient=Truncated(unroll, first_order), steps=steps, loss=loss)
     return StreamLearner(model, init=partial(RandomStart, std=std), rule=rule, **axes)
 
-# %% ../nbs/18_lstm.ipynb #88e97672
+# %% ../nbs/18_lstm.ipynb #798cfafb
 def image_mlp(
     pixels: int = 28 * 28,  # numbers an image has
     hidden: tuple[int, ...] = (20,),  # units of each hidden layer
     outputs: int = 10,
     activation: Callable[[], nn.Module] = nn.Sigmoid,
 ) -> nn.Sequential:  # [N, C, H, W] → [N, outputs]
-    "The paper's net for MNIST: one layer of 20 sigmoid units; 15 910 weights for 28 × 28 pixels."
+    "The paper's net for MNIST: one layer of 20 sigmoid units; 15,910 weights for 28 × 28 pixels."
+    if not isinstance(hidden, (tuple, list)): raise TypeError(f"hidden={hidden!r}: give the units of each hidden layer, as in (20,)")
     return nn.Sequential(nn.Flatten(), MLP(pixels, *hidden, outputs, activation=activation, std=None))
 
 def small_conv(
@@ -133,11 +137,12 @@ def small_conv(
     size: int = 32,  # side of the images, 8 or more
 ) -> nn.Sequential:  # [N, channels, size, size] → [N, outputs]
     "The paper's net for CIFAR: three convolutions with max-pooling and a hidden layer, each with BatchNorm and ReLU."
-    check_sizes(8, size=size)
+    check_sizes(outputs=outputs, channels=channels, filters=filters, features=features); check_sizes(8, size=size)
     blocks = [conv_block(n, filters, stride=1) for n in (channels, filters, filters)]
     hidden = nn.Linear(filters * (size // 8) ** 2, features), nn.BatchNorm1d(features, track_running_stats=False), nn.ReLU()
     return nn.Sequential(*blocks, nn.Flatten(), *hidden, nn.Linear(features, outputs))
 
+# %% ../nbs/18_lstm.ipynb #399b55fe
 def image_stream(
     images: ImageClasses,
     steps: int = 100,  # minibatches a run, and one more to score its last weights on
@@ -148,49 +153,46 @@ def image_stream(
     x, y = labelled(images)
     return Stream(x, y, **{"steps": steps + 1, "batch": batch, "queries": min(batch, len(x) // 10), **options})
 
-# %% ../nbs/18_lstm.ipynb #95947185
+# %% ../nbs/18_lstm.ipynb #af218f6c
 class Nesterov(Momentum):
     "Momentum that looks ahead: v ← βv + g, θ ← θ − α (g + βv)."
     def forward(self, params: Params, grads: Params, velocity: Params, step: int) -> tuple[Params, Params]:
         velocity = add(grads, velocity, self.beta)
         return add(params, add(grads, velocity, self.beta), -self.lr), velocity
 
-class RMSprop(nn.Module):
-    "Gradients divided by the root of a running mean of their squares."
-    def __init__(self, lr: float = 0.01, gamma: float = 0.99, eps: float = 1e-8):
-        super().__init__()
-        check_number(lr=lr)
-        if not 0 <= gamma < 1: raise ValueError(f"gamma={gamma}: the share of the average that stays lies in [0, 1)")
-        self.lr, self.gamma, self.eps = lr, gamma, eps
-
-    def init(self, params: Params) -> Params:
-        return {n: torch.zeros_like(p) for n, p in params.items()}
-
-    def forward(self, params: Params, grads: Params, squares: Params, step: int) -> tuple[Params, Params]:
-        squares = {n: self.gamma * squares[n] + (1 - self.gamma) * g * g for n, g in grads.items()}
-        return {n: p - self.lr * grads[n] / (safe_sqrt(squares[n]) + self.eps) for n, p in params.items()}, squares
-
-    def extra_repr(self) -> str: return f"lr={self.lr}, gamma={self.gamma}"
-
 class Adagrad(nn.Module):
     "Gradients divided by the root of the sum of their squares."
     def __init__(self, lr: float = 0.01, eps: float = 1e-10):
         super().__init__()
-        check_number(lr=lr)
+        check_number(lr=lr, eps=eps)
         self.lr, self.eps = lr, eps
 
     def init(self, params: Params) -> Params:
         return {n: torch.zeros_like(p) for n, p in params.items()}
 
+    def collect(self, squares: Tensor, g: Tensor) -> Tensor: return squares + g * g
+
     def forward(self, params: Params, grads: Params, squares: Params, step: int) -> tuple[Params, Params]:
-        squares = {n: squares[n] + g * g for n, g in grads.items()}
+        squares = {n: self.collect(squares[n], g) for n, g in grads.items()}
         return {n: p - self.lr * grads[n] / (safe_sqrt(squares[n]) + self.eps) for n, p in params.items()}, squares
 
     def extra_repr(self) -> str: return f"lr={self.lr}"
 
+class RMSprop(Adagrad):
+    "Gradients divided by the root of a running mean of their squares."
+    def __init__(self, lr: float = 0.01, gamma: float = 0.99, eps: float = 1e-8):
+        super().__init__(lr, eps)
+        check_number(gamma=gamma)
+        if not gamma < 1: raise ValueError(f"gamma={gamma}: the share of the average that stays lies in [0, 1)")
+        self.gamma = gamma
+
+    def collect(self, squares: Tensor, g: Tensor) -> Tensor: return self.gamma * squares + (1 - self.gamma) * g * g
+
+    def extra_repr(self) -> str: return f"lr={self.lr}, gamma={self.gamma}"
+
 HAND_MADE = {"SGD": SGD, "momentum": Momentum, "Nesterov": Nesterov, "RMSprop": RMSprop, "Adagrad": Adagrad, "Adam": Adam}
 
-# %% ../nbs/18_lstm.ipynb #903526b1
+# %% ../nbs/18_lstm.ipynb #c425f4df
 def run_rule(
     learner: MetaLearner,  # gives everything but the rule
     rule: nn.Module,
@@ -207,6 +209,7 @@ def run_rule(
         reseed(seed, tasks.x.device)
         return loss_curves(other, tasks, steps, every, getattr(learner.objective, "on", "query"), chunk)
 
+# %% ../nbs/18_lstm.ipynb #fef46f80
 def final(curves: Tensor) -> Tensor:
     "The mean loss over the last tenth of a run, [..., S + 1] → [...]."
     return curves[..., -max(1, (curves.shape[-1] - 1) // 10):].mean(-1)
@@ -215,6 +218,7 @@ def area(curves: Tensor) -> Tensor:
     "The mean loss after the steps 1…S, [..., S + 1] → [...]."
     return curves[..., 1:].mean(-1)
 
+# %% ../nbs/18_lstm.ipynb #8c4d4d32
 class Sweep(NamedTuple):
     "The runs of one rule over a grid."
     rule: Callable[[float], nn.Module]  # rate -> rule
@@ -242,6 +246,7 @@ def tune(
     **options,  # as in `run_rule`
 ) -> Sweep:
     "Runs a rule with each rate of a grid on the same tasks from the same first weights."
+    if not isinstance(rates, Iterable): raise TypeError(f"rates={rates!r}: give several, as in [0.01, 0.1, 1.0]")
     rates = list(rates)
     if not rates: raise ValueError("rates: the grid is empty; give at least one rate")
     return Sweep(rule, rates, torch.stack([run_rule(learner, rule(rate), tasks, **options) for rate in rates]))
@@ -257,13 +262,14 @@ def owners(
     parts = tree_flatten(state, is_leaf=of_all)[0]
     return [n for part in parts for n in ([m for m, own in part.items() for _ in tree_leaves(own)] if of_all(part) else [None])]
 
-# %% ../nbs/18_lstm.ipynb #99e4ef14
+# %% ../nbs/18_lstm.ipynb #9b8b46d3
 def check_rule(rule: nn.Module) -> None:
     "Refuses what isn't a rule that can be stepped from outside."
     if hasattr(rule, "loop"): raise TypeError(f"rule: {type(rule).__name__} brings a loop of its own, which can't be taken step by step")
     if not isinstance(rule, nn.Module) or not callable(getattr(rule, "init", None)):
         raise TypeError(f"rule: expected a rule with init(params) and forward, as LSTMRule() has them, got {type(rule).__name__}")
 
+# %% ../nbs/18_lstm.ipynb #bdb1e3d7
 class LearnedOptimizer(torch.optim.Optimizer):
     "A rule, trained or hand-made, as a `torch.optim.Optimizer`."
     def __init__(
@@ -272,8 +278,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: nn.Module,  # see `SGD`; it is copied
         lr: float = 1.0,  # multiplies the rule's steps
     ):
-        check_rule(rule)
-        if not lr >= 0: raise ValueError(f"lr={lr}: what multiplies the rule's steps is zero or more; 1 takes them as they are")
+        check_rule(rule); check_number(lr=lr)
         self.rule, self._copies = copy.deepcopy(rule).eval().requires_grad_(False), {}
         super().__init__(params, dict(lr=lr))
 
@@ -307,8 +312,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         owner = owners(tree_unflatten(start, spec), members)
         try: moved, state = rule(params, grads, tree_unflatten(self.recall(group, members, owner, start), spec), step)
         except KeyError as e:
-            e.add_note("A rule that has constants by parameter name needs these names: give the optimizer model.named_parameters().")
-            raise
+            raise ValueError(f"params: {type(rule).__name__} has constants by parameter name and none for {e}; "
+                             "give the optimizer the names: model.named_parameters()") from e
         self.remember(group, members, owner, tree_leaves(state))
         for n, p in members.items():
             self.state[p]["step"] = step + 1
@@ -347,7 +352,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict: return {**super().__getstate__(), "rule": self.rule}
     def __setstate__(self, state: dict) -> None: super().__setstate__({**state, "_copies": {}})
 
-# %% ../nbs/18_lstm.ipynb #1c687088
+# %% ../nbs/18_lstm.ipynb #d9945427
 def settings_of(rule: nn.Module) -> dict:
     "The arguments that build a rule like this: from its `settings()`, or from its attributes of the arguments' names."
     if hasattr(rule, "settings"): return rule.settings()
@@ -356,6 +361,7 @@ def settings_of(rule: nn.Module) -> dict:
     if missing: raise TypeError(f"rule: {type(rule).__name__} keeps no {missing[0]!r}; give it a method settings() -> {{argument: value}}")
     return {n: getattr(rule, n) for n in names}
 
+# %% ../nbs/18_lstm.ipynb #d4d9a52b
 def save_rule(
     rule: nn.Module,
     path: str | os.PathLike,
@@ -378,6 +384,7 @@ def find_class(name: str, classes: Iterable[type] = ()) -> type:
     if isinstance(found, type) and issubclass(found, nn.Module) and callable(getattr(found, "init", None)): return found
     raise ValueError(f"{name!r} is no rule")
 
+# %% ../nbs/18_lstm.ipynb #21d12b27
 def load_rule(
     path: str | os.PathLike,
     classes: Iterable[type] = (),  # rules from outside this package that may be built
@@ -385,12 +392,11 @@ def load_rule(
     "Rebuilds a rule from a file without running code from it."
     saved = load_checkpoint(path)
     if not {"rule", "settings", "weights"} <= saved.keys(): raise ValueError(f"{path} holds no rule; write one with save_rule")
-    cls = find_class(saved["rule"], classes)
-    try:
-        rule = cls(**saved["settings"])
-        rule.to(next((t.dtype for t in saved["weights"].values() if t.is_floating_point()), None))
-        rule.load_state_dict(saved["weights"])
-    except (TypeError, RuntimeError) as e:
-        raise ValueError(f"{path}: {saved['rule']} of this version does not take these settings and weights: {e}") from e
+    cls, refusal = find_class(saved["rule"], classes), f"{path}: {saved['rule']} of this version does not take these settings and weights"
+    try: rule = cls(**saved["settings"])
+    except TypeError as e: raise ValueError(f"{refusal}: {e}") from e
+    wrong = misfit(saved["weights"], rule)
+    if wrong: raise ValueError(f"{refusal} ({wrong}); load it with the version that saved it")
+    rule.to(next((t.dtype for t in saved["weights"].values() if t.is_floating_point()), None)).load_state_dict(saved["weights"])
     rule.about = saved.get("about", "")
     return rule

@@ -130,11 +130,22 @@ def test_zero_gradients_and_scalar_parameters_have_finite_meta_gradients():
     (lambda: LSTMRule(p=1e3), "p=1000"), (lambda: LSTMRule(scale=0.0), "scale=0.0"), (lambda: LSTMRule(scale=math.nan), "scale=nan"),
     (lambda: RMSprop(-1.0), "lr=-1"), (lambda: RMSprop(gamma=1.0), "gamma=1"), (lambda: Adagrad(-1.0), "lr=-1"),
     (lambda: Nesterov(-1.0), "lr=-1"),
-    (lambda: small_conv(size=7), "size"), (lambda: tune(None, SGD, None, []), "rates: the grid is empty")],
+    (lambda: small_conv(size=7), "size"), (lambda: tune(None, SGD, None, []), "rates: the grid is empty"),
+    (lambda: RMSprop(eps=-1.0), "eps=-1.0"), (lambda: Adagrad(eps=-1.0), "eps=-1.0"), (lambda: quadratic_run(SGD(), dim=0), "dim=0"),
+    (lambda: small_conv(outputs=0), "outputs=0"), (lambda: small_conv(features=0), "features=0")],
     ids=["hidden", "layers", "p-zero", "p-huge", "scale-zero", "scale-nan", "rmsprop-lr", "rmsprop-gamma", "adagrad-lr", "nesterov-lr",
-         "conv-size", "grid"])
+         "conv-size", "grid", "rmsprop-eps", "adagrad-eps", "quadratic-dim", "conv-outputs", "conv-features"])
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message): make()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: LSTMRule(p="x"), "p='x': give a number"), (lambda: LSTMRule(scale="x"), "scale='x'"), (lambda: RMSprop(gamma="x"), "gamma='x'"),
+    (lambda: RMSprop("fast"), "lr='fast'"), (lambda: image_mlp(hidden=20), "hidden=20: give the units of each hidden layer"),
+    (lambda: tune(None, SGD, None, 0.1), "rates=0.1: give several"), (lambda: LearnedOptimizer(net().parameters(), SGD(), lr="x"), "lr='x'")],
+    ids=["p", "scale", "gamma", "lr", "hidden", "rates", "optimizer-lr"])
+def test_what_is_no_number_or_no_list_is_named(make, message):
+    with pytest.raises(TypeError, match=message): make()
 
 
 # ---- as a meta-learner
@@ -374,8 +385,8 @@ def test_rules_with_constants_by_name_take_named_parameters():
     other = net()
     expected = train(other, torch.optim.SGD(other.parameters(), lr=0.05), 3)
     assert_close(train(model, LearnedOptimizer(model.named_parameters(), rates), 3), expected)
-    with pytest.raises(KeyError) as error: train(other, LearnedOptimizer(other.parameters(), rates), 1)
-    assert "named_parameters" in error.value.__notes__[0]
+    with pytest.raises(ValueError, match="params: WeightRates has constants by parameter name and none for '0'.*model.named_parameters()"):
+        train(other, LearnedOptimizer(other.parameters(), rates), 1)
 
 
 def test_any_model():
