@@ -135,6 +135,7 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match="grads: every tensor needs the same leading dimension T"): pcgrad(wrong)
     for wrong in ((grads, torch.ones(6)), [torch.ones(3, 2)], {"w": [1.0, 2.0]}):
         with pytest.raises(TypeError, match="grads: expected"): conflict(wrong)
+    with pytest.raises(TypeError, match="seed=1.5: give a whole number"): pcgrad(grads, seed=1.5)
     with pytest.raises(ValueError, match="every=0"): WatchConflict(every=0)
     for wrong in (1.5, "2", None):
         with pytest.raises(TypeError, match=f"every={wrong!r}: give a whole number"): WatchConflict(every=wrong)
