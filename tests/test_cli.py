@@ -30,12 +30,14 @@ def metanb(*words, cwd, wait=True, **env):
     return process.returncode, out, err
 
 
-def torchrun(*words, cwd, processes=2):
+def torchrun(*words, cwd, processes=2, wait=True):
     "Runs `metanb` in several processes that work together."
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "metanb"]
-    done = subprocess.run([*launch, *map(str, words)], cwd=cwd, text=True, capture_output=True, timeout=240,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
+    process = subprocess.Popen([*launch, *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    if not wait: return process
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
 
 
 def refused(capsys, *words):
@@ -239,6 +241,16 @@ def test_two_processes_train_as_one_does(capsys, tmp_path, method):
     torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
     assert one("--resume", "--steps", "6", name="two") == one("--resume", "--steps", "6", name="one") == 0
     torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
+
+
+def test_several_processes_that_are_told_to_end_save_first(tmp_path):
+    process = torchrun("train", *SINES, "--steps", 4000, "--no-progress", "--checkpoint", "told", cwd=tmp_path, wait=False)
+    until(lambda: (tmp_path / "told.best").exists())  # the first validation, after 200 steps
+    process.send_signal(signal.SIGTERM)  # as a scheduler does before the time is over
+    _, err = process.communicate(timeout=120)
+    if process.returncode == 0: pytest.skip("it was done before the signal came")
+    assert 200 <= load_checkpoint(tmp_path / "told")["step"] < 4000
+    assert "saved told at step" in err, err
 
 
 def test_what_torchrun_starts_again_goes_on(capsys, monkeypatch, tmp_path):
