@@ -464,7 +464,7 @@ def fit_zoo(
     **options,  # of `fit`, such as checkpoint, resume, scheduler and callbacks
 ) -> list[Round]:
     "Trains a rule on runs of one problem after the other, each as often as the others."
-    check_rule(rule); check_problems(problems); check_sizes(0, rounds=rounds); check_number(above=0.0, clip=clip)
+    check_rule(rule); check_sizes(0, rounds=rounds); check_number(above=0.0, clip=clip); check_problems(problems)
     if not any(p.requires_grad for p in rule.parameters()):
         raise ValueError(f"rule: {type(rule).__name__} has no parameters to train; give one that has, such as HierarchicalRule()")
     source, bound = Rounds(rule, problems, segments, unroll, tasks, first_order, seed), partial(nn.utils.clip_grad_norm_, max_norm=clip)
