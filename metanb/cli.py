@@ -494,11 +494,12 @@ def caption(problem: dict) -> str:
     better = "higher" if problem["higher_is_better"] else "lower"
     return f"{problem['title']}, {few}: {measure}, {better} is better ({problem['test_tasks']} test tasks)"
 
-# %% ../nbs/40_cli.ipynb #e2cadc70
+# %% ../nbs/40_cli.ipynb #db897ae3
 def note(data: dict) -> str:
     "What a reader must know to repeat the results."
     v, seeds = data["versions"], ", ".join(map(str, data["seeds"]))
-    side = (f", {data['processes']} processes" if data["processes"] > 1 else "") + (f", {data['precision']}" if data.get("precision") else "")
+    side = f", {data['processes']} processes" if data["processes"] > 1 else ""
+    if data.get("precision"): side += f", {data['precision']}"
     return (f"± 95% interval of the mean; * best, or not distinguishable from it. Methods saw the same tasks.\n"
             f"scale {data['scale']} · {data['device']}{side} · seed {seeds} · metanb {v['metanb']} · "
             f"torch {v['torch']} · Python {v['python']} · {data['seconds']:.0f} s")
@@ -959,7 +960,7 @@ class Join(argparse.Action):
     "Joins lists of lists, so that names may be separated by spaces, commas or both."
     def __call__(self, parser, namespace, values, option=None): setattr(namespace, self.dest, list(dict.fromkeys(sum(values, []))))
 
-# %% ../nbs/40_cli.ipynb #af224857
+# %% ../nbs/40_cli.ipynb #c5e0d7ec
 def add_tasks(p: Parser, fixed: bool = False) -> None:
     "Options that several commands share; `fixed` leaves out what a checkpoint decides."
     p.add_argument("--shots", type=whole(1), metavar="K",
@@ -970,7 +971,8 @@ def add_tasks(p: Parser, fixed: bool = False) -> None:
     p.add_argument("--steps", type=whole(0), metavar="N", help="meta-steps (the problem's own number at the scale)")
     p.add_argument("--scale", choices=SCALES, help="how long to train and test: smoke takes seconds, quick minutes, "
                                                    "full is the papers' length, for a GPU (METANB_SCALE, or quick)")
-    p.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="of products and convolutions in training (torch's own setting)")
+    p.add_argument("--precision", choices=("float32", "tf32", "bf16"),
+                   help="of products and convolutions in training (torch's own setting)")
     p.add_argument("--no-progress", dest="progress", action="store_false", help="say nothing while working")
 
 # %% ../nbs/40_cli.ipynb #0085f4ee
@@ -1086,12 +1088,12 @@ def command_bench(args) -> int:
     for row in result.refused: print(f"metanb: error: {row.implementation} on {row.problem.name}: {row.note}", file=sys.stderr)
     return int(bool(result.refused))
 
-# %% ../nbs/40_cli.ipynb #9647514d
+# %% ../nbs/40_cli.ipynb #a7306de7
 def add_bench(commands) -> None:
     "Options of `metanb bench`."
-    p = commands.add_parser("bench", help="time a meta-step beside other libraries",
-                            description="Compares the meta-gradients of several implementations of MAML, times whole meta-steps of those that "
-                                        "agree, prints a table, and writes bench.json and bench.png.")
+    text = ("Compares the meta-gradients of several implementations of MAML, times whole meta-steps of those that agree, prints a table, "
+            "and writes bench.json and bench.png.")
+    p = commands.add_parser("bench", help="time a meta-step beside other libraries", description=text)
     lists = dict(type=names, nargs="+", action=Join, metavar="NAME")
     p.add_argument("--problems", **lists, default=["sinusoid"], help="sinusoid, omniglot (sinusoid)")
     p.add_argument("--implementations", **lists, help="rows of the table (all that make sense on the device)")

@@ -23,8 +23,8 @@ SINES = ["--tasks", "sinusoid", "--scale", "smoke", "--device", "cpu"]
 
 def metanb(*words, cwd, wait=True, **env):
     "Runs `metanb` in a process of its own, in its own session."
-    process = subprocess.Popen([sys.executable, "-m", "metanb", *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
+    process = subprocess.Popen([sys.executable, "-m", "metanb", *map(str, words)], cwd=cwd, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), **env})
     if not wait: return process
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
@@ -84,12 +84,24 @@ def test_compare_prints_a_table_and_writes_a_picture(tmp_path):
 
 
 def test_a_terminal_without_plus_minus(tmp_path):
-    status, out, err = metanb("compare", *SINES, "--methods", "fromscratch", "--no-progress", "--processes", 1, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    run = "compare", *SINES, "--methods", "fromscratch", "--no-progress", "--processes", 1
+    status, out, err = metanb(*run, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert status == 0 and err == "" and " ? " in out
 
 
+def test_precision_is_recorded(capsys, tmp_path):
+    run = ["compare", *SINES, "--methods", "maml", "--processes", "1", "--no-progress", "--precision", "bf16", "--out", str(tmp_path)]
+    assert cli.main(run) == 0 and "CPU, bf16 · seed 0" in capsys.readouterr().out
+    assert cli.load_results(tmp_path).data["precision"] == "bf16"
+    train = ["train", *SINES, "--steps", "1", "--no-progress", "--precision", "bf16", "--checkpoint", tmp_path / "half"]
+    assert cli.main(list(map(str, train))) == 0 and cli.read_record(tmp_path / "half")[0].precision == "bf16"
+    capsys.readouterr()
+    assert "precision 'float32': " in refused(capsys, *train[:-4], "--resume", "--precision", "float32", "--checkpoint", tmp_path / "half")
+
+
 def test_several_seeds(capsys, tmp_path):
-    assert cli.main(["compare", *SINES, "--methods", "maml", "--seeds", "0", "1", "2", "--processes", "1", "--out", str(tmp_path), "--no-progress"]) == 0
+    run = ["compare", *SINES, "--methods", "maml", "--seeds", "0", "1", "2", "--processes", "1", "--no-progress"]
+    assert cli.main([*run, "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert "seed 0, 1, 2" in out and out.count("\nMAML") == 1 and err == ""
     rows = cli.load_results(tmp_path).data["rows"]
@@ -142,7 +154,8 @@ def test_a_wrong_scale_in_the_environment(capsys, monkeypatch, tmp_path):
 def test_a_missing_data_set_says_how_to_get_it(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("METANB_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("METANB_CACHE", str(tmp_path / "cache"))
-    line = refused(capsys, "compare", "--tasks", "omniglot", "--scale", "smoke", "--device", "cpu", "--processes", 1, "--no-progress", "--out", tmp_path / "out")
+    run = "compare", "--tasks", "omniglot", "--scale", "smoke", "--device", "cpu", "--processes", 1, "--no-progress"
+    line = refused(capsys, *run, "--out", tmp_path / "out")
     assert "metanb data fetch omniglot" in line
 
 
@@ -166,7 +179,8 @@ def test_a_folder_of_images(capsys, tmp_path):
     assert cli.main(["compare", *run, "--methods", "maml", "pretrained", "--processes", "1", "--out", str(tmp_path / "out")]) == 0
     assert "pets, 3-way 1-shot" in capsys.readouterr().out
     few = image_folder(tmp_path / "few", classes=6, images=4)
-    assert "ways=5" in refused(capsys, "compare", "--tasks", f"folder:{few}", *SINES[2:], "--processes", 1, "--no-progress", "--out", tmp_path / "out")
+    run = "compare", "--tasks", f"folder:{few}", *SINES[2:], "--processes", 1, "--no-progress"
+    assert "ways=5" in refused(capsys, *run, "--out", tmp_path / "out")
 
 
 def test_train_evaluate_and_resume(capsys, tmp_path):
@@ -223,7 +237,8 @@ def test_trained_rules_and_distributions_go_into_files_of_their_own(capsys, tmp_
 
 def test_methods_that_do_not_apply_are_left_out_of_mixed_tasks(capsys, tmp_path):
     out = tmp_path / "results"
-    assert cli.main(["compare", "--methods", "mtl,protonet,maml", "--scale", "smoke", "--device", "cpu", "--processes", "1", "--out", str(out)]) == 0
+    run = ["compare", "--methods", "mtl,protonet,maml", "--scale", "smoke", "--device", "cpu", "--processes", "1"]
+    assert cli.main([*run, "--out", str(out)]) == 0
     table, err = capsys.readouterr()
     assert "left out, for it does not apply: MTL on sinusoid, ProtoNet on sinusoid" in err
     assert table.count("MAML") == 2 and table.count("ProtoNet") == table.count("MTL") == 1
