@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import matplotlib.pyplot as plt
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
@@ -450,7 +449,8 @@ def work(connection, threads: int, job: Callable, *args) -> None:
     "The life of a process: a job, and its result or what went wrong."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # compilers and profilers talk; what matters comes as a result
-    torch._inductor.config.compile_threads = threads
+    from torch._inductor import config  # here and not above: it imports much
+    config.compile_threads = threads
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="metanb-bench-", ignore_cleanup_errors=True) as folder:

@@ -99,7 +99,7 @@ for slow in ('torchvision', 'datasets'): assert slow not in sys.modules, f'impor
 
 def test_the_package_imports_only_what_it_requires(settings):
     "Also the imports inside functions, which the test above does not reach; an extra's packages may be there."
-    listed = [r for key in ("requirements", "hub_requirements") for r in settings[key].split()]
+    listed = [r for key in settings if key.endswith("requirements") and key != "dev_requirements" for r in settings[key].split()]
     names = {re.sub(r"[-_.]+", "-", Requirement(r).name).lower() for r in listed} | {"pil", "metanb"}
     for path in (ROOT / "metanb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
