@@ -82,7 +82,7 @@ class Nursery:
         return status, (folder / "out").read_text(), (folder / "err").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nursery():
     made = Nursery()
     yield made

@@ -281,9 +281,8 @@ def numeric(name):
 TAKEN = [("RandomStart", "std", {}), ("LogAlong", "start", None)]
 # Arguments whose wrong values are taken, or told without their name; the list may only shrink.
 UNTOLD = {("Watch", "adapt"), ("DIMAML", "steps"), ("Conv4", "size"), ("NoConv", "ways"), ("NoConv", "pixels"), ("ResNet12", "dropout"),
-          ("Stream", "held"), ("pcgrad", "seed"), ("meta_pcgrad", "seed"), ("fit_truncated", "unroll"), ("hessian_penalty", "seed"),
-          ("forgetting", "adapt"), ("forgetting", "seed"), ("fit_zoo", "segments"), ("fit_zoo", "unroll"), ("lengths", "seed"),
-          ("emphasis", "target")}
+          ("Stream", "held"), ("fit_truncated", "unroll"), ("hessian_penalty", "seed"), ("forgetting", "adapt"), ("forgetting", "seed"),
+          ("fit_zoo", "segments"), ("fit_zoo", "unroll"), ("lengths", "seed"), ("emphasis", "target")}
 
 
 class Thing:
