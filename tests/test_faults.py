@@ -64,7 +64,7 @@ for line in sys.stdin:
 class Nursery:
     "A process from which others are forked; a child's output is in the files `out` and `err` of its folder."
     def __init__(self):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "default"}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen([sys.executable, "-c", NURSERY], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout.readline() == "ready\n"
 
