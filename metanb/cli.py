@@ -546,7 +546,7 @@ def plain_log(ax) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/40_cli.ipynb #214e8ebc
+# %% ../nbs/40_cli.ipynb #29b985cd
 def plot_steps(ax, problem: dict, rows: list[dict], styles: dict) -> None:
     "Scores by gradient step; a learner that takes no steps is a level line."
     unit, steps = 100 if problem["metric"] == "accuracy" else 1, problem["test_steps"]
@@ -560,6 +560,7 @@ def plot_steps(ax, problem: dict, rows: list[dict], styles: dict) -> None:
     ax.set_xlabel("gradient steps on a new task" if problem["kind"] != "training" else "steps of a training run", fontsize=9)
     ax.set_ylabel("accuracy in %" if unit == 100 else "mean squared error", fontsize=9)
     ax.grid(axis="y", color="0.92", lw=0.8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if problem["higher_is_better"]: return
     plain_log(ax)
     start = [s[0] for row in rows if (s := score(row, 0))]
