@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['FLAT', 'FEW_SHOT', 'BASIC', 'RANDOM', 'TRAINING', 'METHODS', 'SCALES', 'SINES', 'GLYPHS', 'COLOUR', 'LETTERS',
-           'TRAIN', 'PROBLEMS', 'BUILT_IN', 'OUTER', 'FORMAT', 'STYLES', 'OTHERS', 'WHOLE', 'WHOLE_ROW', 'LEARNER',
-           'Refused', 'choosing', 'entry', 'Method', 'imported', 'piece', 'Trial', 'Problem', 'sine_tasks', 'sine_net',
-           'image_classes', 'image_tasks', 'strided_net', 'image_net', 'labelled_images', 'stream_tasks', 'stream_net',
-           'problem_of', 'sampler', 'view', 'settings', 'inner_steps', 'build', 'number', 'adapt_ms', 'meta_steps',
-           'pretrain', 'fit_trial', 'example', 'run_trial', 'start_worker', 'work', 'Inline', 'workers', 'prepare',
-           'outcomes', 'over_seeds', 'score', 'best', 'show_score', 'columns_of', 'block', 'caption', 'note',
-           'text_table', 'html_table', 'style_of', 'plain_log', 'plot_steps', 'plot_example', 'plot_results', 'Results',
-           'result_files', 'load_results', 'fault', 'versions', 'device_name', 'default_device', 'check_device',
-           'check_scale', 'check_precision', 'describe', 'announce', 'watch', 'run_trials', 'applicable', 'compare',
-           'record_path', 'write_record', 'read_record', 'resumed', 'fresh', 'validation_line', 'exporter',
-           'process_number', 'restarted', 'check_split', 'chosen_once', 'train', 'evaluate', 'check_fit', 'Parser',
-           'whole', 'positive', 'names', 'Join', 'add_tasks', 'check_out', 'command_compare', 'add_compare',
-           'command_train', 'add_train', 'command_evaluate', 'add_evaluate', 'command_bench', 'add_bench',
-           'command_list', 'command_fetch', 'command_check', 'add_data', 'parser', 'main']
+           'TRAIN', 'PROBLEMS', 'BUILT_IN', 'OUTER', 'FORMAT', 'STYLES', 'OTHERS', 'LEARNER', 'Refused', 'choosing',
+           'entry', 'Method', 'imported', 'piece', 'Trial', 'Problem', 'sine_tasks', 'sine_net', 'image_classes',
+           'image_tasks', 'strided_net', 'image_net', 'labelled_images', 'stream_tasks', 'stream_net', 'problem_of',
+           'sampler', 'view', 'settings', 'inner_steps', 'build', 'number', 'adapt_ms', 'meta_steps', 'pretrain',
+           'fit_trial', 'example', 'run_trial', 'start_worker', 'work', 'Inline', 'workers', 'prepare', 'outcomes',
+           'over_seeds', 'score', 'best', 'show_score', 'columns_of', 'block', 'caption', 'note', 'text_table',
+           'html_table', 'style_of', 'plain_log', 'plot_steps', 'plot_example', 'plot_results', 'seal', 'Results',
+           'result_files', 'load_results', 'versions', 'device_name', 'default_device', 'check_device', 'check_scale',
+           'check_precision', 'describe', 'announce', 'watch', 'run_trials', 'applicable', 'compare', 'record_path',
+           'write_record', 'read_record', 'resumed', 'fresh', 'validation_line', 'exporter', 'process_number',
+           'restarted', 'check_split', 'chosen_once', 'train', 'evaluate', 'check_fit', 'Parser', 'whole', 'positive',
+           'names', 'Join', 'add_tasks', 'check_out', 'command_compare', 'add_compare', 'command_train', 'add_train',
+           'command_evaluate', 'add_evaluate', 'command_bench', 'add_bench', 'command_list', 'command_fetch',
+           'command_check', 'add_data', 'parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #4ce34c87
-import argparse, contextlib, difflib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
+import argparse, contextlib, difflib, hashlib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -609,6 +609,11 @@ def plot_results(results, figure=None):
     return figure
 
 # %% ../nbs/40_cli.ipynb #71f70bac
+def seal(data: dict) -> dict:
+    "The same values, and a checksum of them all."
+    values = {name: value for name, value in data.items() if name != "sha256"}
+    return {**values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
 class Results:
     "What a comparison found: shows itself as a table, draws itself, saves itself."
     def __init__(self, data: dict): self.data = data
@@ -621,7 +626,7 @@ class Results:
         from matplotlib.figure import Figure
         from metanb.data import replace_file
         document, picture = result_files(folder)
-        replace_file(document, [json.dumps(self.data, indent=1, allow_nan=False).encode()])
+        replace_file(document, [json.dumps(seal(self.data), indent=1, allow_nan=False).encode()])
         figure = Figure(figsize=(10, 4))  # apart from pyplot, which may want a display
         self.plot(figure)
         figure.savefig(picture, dpi=150)
@@ -632,9 +637,6 @@ def result_files(folder: str | os.PathLike) -> tuple[Path, Path]:
     return Path(folder) / "results.json", Path(folder) / "compare.png"
 
 # %% ../nbs/40_cli.ipynb #860b8533
-WHOLE = "problems", "rows", "versions", "device", "processes", "scale", "seeds", "seconds"
-WHOLE_ROW = "tasks", "method", "title", "seed", "mean", "ci95", "meta_steps", "train_seconds", "ms_per_step", "adapt_ms"
-
 def load_results(path: str | os.PathLike) -> Results:
     "Reads results.json, or the folder that holds it."
     path = result_files(path)[0] if Path(path).is_dir() else Path(path)
@@ -642,21 +644,8 @@ def load_results(path: str | os.PathLike) -> Results:
     except ValueError as error: raise ValueError(f"{path} is damaged, or no results of metanb ({error}): make it again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is no results file of this version ({FORMAT}): give another, or run the comparison again")
-    problem = fault(data)
-    if problem: raise ValueError(f"{path} is damaged ({problem}): run the comparison again")
-    return Results(data)
-
-def fault(data: dict) -> str:
-    "What is missing from results; nothing if they are whole."
-    lost = [k for k in WHOLE if k not in data]
-    if lost: return f"no {lost[0]}"
-    for i, row in enumerate(data["rows"]):
-        lost = [k for k in WHOLE_ROW if k not in row]
-        if lost: return f"row {i} has no {lost[0]}"
-        if row["tasks"] not in data["problems"]: return f"row {i} is of an unknown problem {row['tasks']!r}"
-        means, intervals = len(row["mean"]), len(row["ci95"])
-        if not means or means != intervals: return f"row {i} has {means} means and {intervals} intervals"
-    return ""
+    if data != seal(data): raise ValueError(f"{path} is damaged: its checksum does not match; run the comparison again")
+    return Results({name: value for name, value in data.items() if name != "sha256"})
 
 # %% ../nbs/40_cli.ipynb #e76f6191
 def versions() -> dict:
@@ -790,7 +779,7 @@ def write_record(checkpoint, trial: Trial, inner: dict) -> None:
     "Writes what a checkpoint is of."
     from metanb.data import replace_file
     data = dict(format=LEARNER, trial=trial._asdict(), inner=inner, versions=versions())
-    replace_file(record_path(checkpoint), [json.dumps(data, indent=1).encode()])
+    replace_file(record_path(checkpoint), [json.dumps(seal(data), indent=1).encode()])
 
 def read_record(checkpoint) -> tuple[Trial, dict]:
     "The trial and the inner settings of a checkpoint."
@@ -801,6 +790,7 @@ def read_record(checkpoint) -> tuple[Trial, dict]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != LEARNER: raise ValueError(f"its format is {data['format']!r}, not {LEARNER!r}")
+        if data != seal(data): raise ValueError("its checksum does not match")
         return Trial(**data["trial"]), dict(data["inner"])
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"{path} is damaged ({error}): put a sound copy back, or train again") from error
@@ -1000,8 +990,9 @@ def command_compare(args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names = "methods", "tasks", "ways", "shots", "steps", "test_tasks", "test_steps", "seeds", "scale", "device", "precision"
     results = compare(**{n: getattr(args, n) for n in names}, processes=args.processes or min(cores, 4), progress=args.progress)
+    print(results, "", sep="\n", flush=True)  # before anything can go wrong with files
     document, picture = results.save(folder)
-    print(results, "", f"picture: {picture}", f"results: {document}", sep="\n")
+    print(f"picture: {picture}", f"results: {document}", sep="\n")
 
 def add_compare(commands) -> None:
     "Options of `metanb compare`."
