@@ -308,6 +308,7 @@ class MetaLearner(Learner):
     def path(self, x: Tensor, y: Tensor, steps: int | None = None, first_order: bool = False) -> Iterator[Params]:
         "The weights θ₀, …, θ_S along the inner loop on a support set."
         start, steps = self.init(x, y), self.steps if steps is None else steps
+        if steps < 0: raise ValueError(f"steps={steps}: the number of inner steps is an integer, zero or more")
         loss = self.inner_loss(x, y, start, first_order)
         if hasattr(self.rule, "loop"): return self.rule.loop(loss, start, steps, self.names, first_order)
         return inner_loop(loss, start, self.rule, steps, self.names, first_order)

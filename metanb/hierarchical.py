@@ -383,7 +383,7 @@ def lengths(
     seed: int = 0,
 ) -> Callable[[int], int]:  # number of the draw -> length
     "Random lengths: `shortest` plus an exponential number."
-    check_sizes(shortest=shortest); check_number(mean=mean)
+    check_sizes(shortest=shortest); check_sizes(None, seed=seed); check_number(mean=mean)
     return lambda k: shortest + int(-mean * math.log1p(-uniform(task_keys(1, seed, k), 1, torch.float64).item()))
 
 # %% ../nbs/19_hierarchical.ipynb #1794b8f4

@@ -114,7 +114,7 @@ def hessian_penalty(
 ) -> Tensor:  # scalar, differentiable in the meta-parameters
     "c ‖H‖²_F, estimated, with H the Hessian of the support loss in the weights that the inner loop moves."
     if torch.compiler.is_compiling(): raise NotImplementedError("hessian_penalty runs uncompiled")  # torch 2.15 compiles the hash wrongly
-    check_penalty(learner, coefficient, samples)
+    check_penalty(learner, coefficient, samples); check_sizes(None, seed=seed)
     if params is None: params = learner.adapt(task.x, task.y)
     moving = {n: params[n] for n in learner.names}
     with Smooth(): product = vjp(grad(lambda moving: learner.task_loss({**params, **moving}, task.x, task.y)), moving)[1]  # v ↦ (H v,)
@@ -199,6 +199,7 @@ class Watch:
         metric=None,  # see `evaluate`
     ):
         check_sizes(every=every, checks=checks)
+        check_sizes(0, adapt=0 if adapt is None else adapt)
         self.tests, self.every, self.checks, self.adapt, self.metric = tests, every, checks, adapt, metric
         self.before, self.rows = 0, {}  # meta-steps of earlier runs; {meta-steps: one `Result` a family}
 
@@ -246,6 +247,7 @@ def forgetting(
     "Trains on one family of tasks after another, testing on all of them throughout."
     check_families(learner, families, tests, options)
     check_sizes(steps=steps, every=1 if every is None else every)
+    check_sizes(None, seed=seed)
     watch = Watch(families if tests is None else tests, every or max(1, steps // 10), checks, adapt, metric)
     callbacks = [watch, *options.pop("callbacks", ())]
     watch.check(learner, 0)

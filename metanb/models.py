@@ -86,7 +86,7 @@ def Conv4(
     "MAML's network for images, in both variants (Finn et al. 2017)."
     check_sizes(ways=ways, channels=channels, filters=filters)
     if stride not in (1, 2): raise ValueError(f"stride={stride}: use 2 (strided convolutions) or 1 (max-pooling)")
-    if stride == 1: check_sizes(16, size=size)
+    check_sizes(16 if stride == 1 else 1, size=size)
     blocks = OrderedDict((f"block{i}", conv_block(filters if i > 1 else channels, filters, stride)) for i in (1, 2, 3, 4))
     if stride == 2: blocks["mean"] = nn.AdaptiveAvgPool2d(1)
     body = nn.Sequential(OrderedDict(blocks, flatten=nn.Flatten()))
@@ -100,6 +100,7 @@ def NoConv(
     pixels: int = 28 * 28,  # channels · height · width of an image
 ) -> nn.Sequential:  # [N, C, H, W] → [N, ways]
     "MAML's fully connected network for Omniglot (Finn et al. 2017)."
+    check_sizes(ways=ways, pixels=pixels)
     model = MLP(pixels, 256, 128, 64, 64, ways, norm=True)
     model.body = nn.Sequential(OrderedDict(flatten=nn.Flatten(), **dict(model.body.named_children())))
     return model
@@ -133,6 +134,8 @@ def ResNet12(
     "The residual network of meta-transfer learning."
     if not isinstance(widths, tuple | list) or len(widths) != 4:
         raise ValueError(f"widths={widths!r}: give the filters of the four blocks, such as (64, 128, 256, 512)")
+    check_number(dropout=dropout)
+    if dropout >= 1: raise ValueError(f"dropout={dropout}: a probability below 1")
     check_sizes(ways=ways, channels=channels, **{f"widths[{i}]": n for i, n in enumerate(widths)})
     blocks = OrderedDict((f"block{i}", Residual(n, m, dropout)) for i, (n, m) in enumerate(zip((channels, *widths), widths), 1))
     body = nn.Sequential(OrderedDict(blocks, mean=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))

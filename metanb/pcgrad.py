@@ -49,10 +49,12 @@ def cosines(
     rows: Tensor,  # [T, P]
 ) -> tuple[Tensor, Tensor]:  # [T, T] and the rows' lengths [T]
     "Cosines between all rows, 0 for a row of zeros."
-    gram = rows @ rows.T
-    length = gram.diagonal().sqrt()
-    area = length[:, None] * length
-    return torch.where(area == 0, 0.0, gram / area).clamp(-1, 1), length
+    exponent = torch.frexp(rows.abs().amax(1)).exponent  # rows near one, by powers of two: exact, and no square over- or underflows
+    unit = torch.ldexp(rows, -exponent[:, None])
+    gram = unit @ unit.T
+    size = gram.diagonal().sqrt()
+    area = size[:, None] * size
+    return torch.where(area == 0, 0.0, gram / area).clamp(-1, 1), torch.ldexp(size, exponent)
 
 def conflict(
     grads: Params,  # {name: [T, *shape]}

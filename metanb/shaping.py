@@ -157,6 +157,7 @@ def emphasis(
 ) -> Tensor:  # [..., n], one on average, without a gradient
     "Weights n (Lᵢ − fᵢ)₊ᵖ / Σⱼ (Lⱼ − fⱼ)₊ᵖ; ones where no reading is above its target."
     check_curve(losses); check_number(power=power)
+    if not isinstance(target, Tensor): check_number(-math.inf, target=target)
     gap = (losses - target).detach()
     weights = torch.where(gap > 0, gap.clamp(min=0) ** power, 0 * gap)  # 0 · NaN keeps a NaN
     total = weights.sum(-1, keepdim=True)

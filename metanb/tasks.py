@@ -36,7 +36,7 @@ def check_sizes(
 ) -> None:
     "Raises an error naming the first of the arguments that isn't a whole number of `least` or more."
     for name, n in sizes.items():
-        if isinstance(n, bool) or not hasattr(n, "__index__"): raise TypeError(f"{name}={n!r}: give a whole number")
+        if isinstance(n, bool | type) or not hasattr(n, "__index__"): raise TypeError(f"{name}={n!r}: give a whole number")
         if least is not None and n < least: raise ValueError(f"{name}={n}: give a whole number of at least {least}")
 
 # %% ../nbs/01_tasks.ipynb #b4019946
@@ -232,7 +232,8 @@ def numbers(
 ) -> Tensor:  # [S] int64
     "The chosen ones of 0, …, n − 1."
     if chosen is None: return torch.arange(n, device=device)
-    got = torch.as_tensor(chosen, device=device)
+    try: got = torch.as_tensor(chosen, device=device)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(f"{name}={chosen!r}: give whole numbers or a boolean mask") from None
     if got.ndim != 1 or not len(got): raise ValueError(f"{name}: got shape {tuple(got.shape)}; give a list of numbers or a mask")
     if got.is_floating_point(): raise TypeError(f"{name}: got {got.dtype}; give whole numbers or a boolean mask")
     if got.dtype == torch.bool:
@@ -416,6 +417,7 @@ def held_out(
     device=None,
 ) -> Tensor:  # [m] int64
     "The rows that only queries may use; a share is taken by one fixed shuffle."
+    if held is None: raise TypeError("held=None: give a share between 0 and 1, or row numbers")
     if not isinstance(held, float): return numbers(held, n, "held", device)
     if not 0 < held < 1: raise ValueError(f"held={held}: give a share between 0 and 1, or row numbers")
     return choose(task_keys(1, device=device)[0], n, max(1, round(held * n)))

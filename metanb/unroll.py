@@ -389,7 +389,8 @@ class Trajectories:
         check_sizes(unroll=n)
         last = min(self.first + n, self.learner.steps)
         where = self.carry, self.first, last, self.first_order, self._chunk
-        grads, losses, self.carry = segment_grads(self.learner, meta_params, self._batch, *where)
+        grads, losses, (start, *rest) = segment_grads(self.learner, meta_params, self._batch, *where)
+        self.carry = tree_map(torch.clone, start) if not self.first else start, *rest  # θ₀ stays, whatever an optimizer does in place
         self.first, finite = last, losses[losses.isfinite()]
         if last == self.learner.steps or not len(finite): self.number, self.first, self.carry, self._batch = self.number + 1, 0, (), None
         return grads, finite if len(finite) else losses

@@ -165,12 +165,9 @@ def same(a, b):
     return a == b
 
 
-alias = pytest.mark.xfail(reason="the carried first weights are the learner's own, which its optimizer changes in place", strict=False)
-
-
 @forking
 @pytest.mark.slow
-@pytest.mark.parametrize("program, kills", [("COMMAND", 30), ("FUNCTION", 8), pytest.param("TRUNCATED", 8, marks=alias)])
+@pytest.mark.parametrize("program, kills", [("COMMAND", 30), ("FUNCTION", 8), ("TRUNCATED", 8)])
 def test_kills_at_random_moments_change_nothing(nursery, tmp_path, program, kills):
     "Runs that are killed over and over, also while they write a checkpoint, and resumed each time, end as the undisturbed one."
     code, rng = globals()[program], random.Random(program)

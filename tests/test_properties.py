@@ -275,15 +275,11 @@ def numeric(name):
         found[p.name] = isinstance(value, int) and "float" not in said, "None" in said or p.default is None
     taken = {n for n in right if n not in found and not isinstance(right[n], bool)}  # those behind a **options
     found |= {n: (isinstance(right[n], int), False) for n in taken}
-    return {n: kind for n, kind in found.items() if (name, n) not in UNTOLD}
+    return found
 
 
 # Values that do mean something: a spread for no layer, and the first step.
 TAKEN = [("RandomStart", "std", {}), ("LogAlong", "start", None)]
-# Arguments whose wrong values are taken, or told without their name; the list may only shrink.
-UNTOLD = {("Watch", "adapt"), ("DIMAML", "steps"), ("Conv4", "size"), ("NoConv", "ways"), ("NoConv", "pixels"), ("ResNet12", "dropout"),
-          ("Stream", "held"), ("hessian_penalty", "seed"), ("forgetting", "adapt"), ("forgetting", "seed"), ("lengths", "seed"),
-          ("emphasis", "target")}
 
 
 class Thing:
