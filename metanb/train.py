@@ -124,7 +124,7 @@ def evaluate(
     check_parts(learner, sampler=sampler)
     check_sizes(1, tasks=tasks, chunk=1 if chunk is None else chunk)
     check_sizes(0, steps=0 if steps is None else steps)
-    check_sizes(-math.inf, seed=seed)
+    check_sizes(None, seed=seed)
     (device, dtype), which = placed(learner), dict(seed=derive(seed, "evaluation"), step=0)
     with evaluating(learner), own_randomness(device):
         reseed(which["seed"], device)
@@ -238,7 +238,9 @@ class LogFile:
         self.file.flush()
         self.flushed = time.perf_counter()
 
-    def end(self, run: "Run") -> None: self.file.close()
+    def end(self, run: "Run") -> None:
+        try: self.file.close()
+        except OSError as e: raise OSError(e.errno, f"{self.path} could not be written ({e.strerror})") from e
 
 def save_history(history: History, path: str | os.PathLike) -> None:
     "Writes the whole history at once."
@@ -307,8 +309,14 @@ def as_callback(c):
 
 def tell(event: str, run: Run) -> None:
     "Calls the method named `event` of every callback that has one; of those for the first process alone only there."
+    failed = []
     for c in run.callbacks:
-        if hasattr(c, event) and not (rank() and getattr(c, "in_first_process", False)): getattr(c, event)(run)
+        if not hasattr(c, event) or (rank() and getattr(c, "in_first_process", False)): continue
+        try: getattr(c, event)(run)
+        except Exception as e:
+            if event != "end": raise
+            failed.append(e)  # the others still save and close their files
+    if failed: raise failed[0]
 
 # %% ../nbs/04_train.ipynb #11f6c8c0
 def settings(owner) -> dict[str, str]:
@@ -603,7 +611,7 @@ def fit(
     "Trains the meta-parameters: sample, differentiate, combine, step."
     check_sizes(0, steps=steps)
     check_sizes(1, tasks=tasks)
-    check_sizes(-math.inf, seed=seed)
+    check_sizes(None, seed=seed)
     check_choices(combine, clip, chunk, compile, nonfinite)
     check_precision(precision)
     check_parts(learner, sampler=sampler, validation=sampler if validation is None else validation)
