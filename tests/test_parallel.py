@@ -65,43 +65,28 @@ def torchrun(processes, *args):
     return out.returncode, out.stdout + out.stderr
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parallel")
-    for n in (2, 4):  # in this order: four go on where two stopped
-        status, text = torchrun(n, folder, "runs")
+def close(a, b, what=""):
+    for n in b["weights"]:
+        torch.testing.assert_close(a["weights"][n], b["weights"][n], rtol=1e-9, atol=1e-11, msg=lambda text: f"{what}, {n}: {text}")
+    torch.testing.assert_close(torch.tensor(a["losses"]), torch.tensor(b["losses"]), rtol=1e-9, atol=0, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.slow
+def test_several_processes_train_the_weights_of_one_and_go_on_with_each_others_runs(tmp_path):
+    "One test, because starting the processes is what takes the time."
+    alone, seen = {name: run(None, name) for name in RUNS}, {}
+    for processes in (2, 4):  # in this order: four go on where two stopped
+        status, text = torchrun(processes, tmp_path, "runs")
         assert status == 0, text[-3000:]
-    return folder, {n: torch.load(folder / f"{n}.pt") for n in (2, 4)}
-
-
-def close(a, b):
-    for n in b["weights"]: torch.testing.assert_close(a["weights"][n], b["weights"][n], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(torch.tensor(a["losses"]), torch.tensor(b["losses"]), rtol=1e-9, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_train_the_weights_that_one_does(results, processes, name):
-    close(results[1][processes][f"{name} 1"], run(None, name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_reruns_are_equal_bit_for_bit(results, processes):
-    for name in RUNS:
-        first, second = (results[1][processes][f"{name} {i}"] for i in (1, 2))
-        assert first["losses"] == second["losses"]
-        assert all(torch.equal(second["weights"][n], w) for n, w in first["weights"].items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean", "groups"])
-def test_a_run_goes_on_with_another_number_of_processes(results, name):
-    folder, seen = results
-    whole = run(None, name)
-    close(seen[4][f"{name} resumed"], whole)  # begun by two, ended by four
-    close(run(folder, name, checkpoint=f"{name}-from-4"), whole)  # begun by four, ended by one
+        seen[processes] = torch.load(tmp_path / f"{processes}.pt")
+        for name in RUNS:
+            first, second = (seen[processes][f"{name} {i}"] for i in (1, 2))
+            close(first, alone[name], f"{name} by {processes}")
+            assert first["losses"] == second["losses"], f"{name} by {processes}, again"  # reruns are equal bit for bit
+            for n, w in first["weights"].items(): assert torch.equal(second["weights"][n], w), f"{name} by {processes}, again: {n}"
+    for name in ("mean", "groups"):
+        close(seen[4][f"{name} resumed"], alone[name], f"{name}, begun by 2, ended by 4")
+        close(run(tmp_path, name, checkpoint=f"{name}-from-4"), alone[name], f"{name}, begun by 4, ended by 1")
 
 
 @pytest.mark.slow
