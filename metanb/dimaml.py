@@ -300,7 +300,7 @@ def DIMAML(
     **axes,  # objective=…, or any other choice on an axis, see `MetaLearner`
 ) -> StreamLearner:
     "A learned initial distribution, momentum SGD, and the area under the curve of validation losses, through recomputed segments."
-    check_sizes(0, steps=steps)
+    check_model(model, steps)
     objective = Along(every=max(1, steps // 12), start=max(1, steps // 3))
     learner = StreamLearner(model, **{"init": init, "rule": Momentum(lr, beta), "steps": steps, "objective": objective,
                                       "gradient": Recomputed(segment), "loss": loss, **axes})
