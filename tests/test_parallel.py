@@ -92,7 +92,9 @@ def test_several_processes_train_the_weights_of_one_and_go_on_with_each_others_r
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
     status, text = torchrun(2, tmp_path, "killed")
-    assert status != 0 and "process 0 of 2 lost the others" in text and "from the last checkpoint" in text, text[-3000:]
+    # torchrun names the one that died; the other says that it lost it, unless torchrun ends it before it has spoken
+    assert status != 0 and "Signal 9 (SIGKILL)" in text and "local_rank: 1" in text, text[-3000:]
+    assert "process 0 of 2 lost the others" in text or "SIGTERM" in text, text[-3000:]
     assert load_checkpoint(tmp_path / "killed.ckpt")["step"] in (4, 5)
     close(run(tmp_path, "mean", checkpoint="killed"), run(None, "mean"))
 
