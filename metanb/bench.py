@@ -8,11 +8,11 @@ __all__ = ['PROBLEMS', 'eager', 'IMPLEMENTATIONS', 'TITLES', 'FORMAT', 'SIZES', 
            'Unfolded', 'unfolded', 'ChannelsLast', 'jax_network', 'jax_tasks', 'jax_mean_grads', 'jax_adam', 'Jax',
            'never', 'slow_compile', 'slow_jax', 'no_images', 'Entry', 'difference', 'Failed', 'Clock', 'timed',
            'compared', 'work', 'Child', 'Row', 'title', 'digits', 'cells', 'text_table', 'Bench', 'bars', 'lines',
-           'plot_bench', 'digest', 'save_bench', 'load_bench', 'absent', 'agreeing', 'attempt', 'measured', 'work_list',
+           'plot_bench', 'save_bench', 'load_bench', 'absent', 'agreeing', 'attempt', 'measured', 'work_list',
            'check_names', 'surroundings', 'bench']
 
 # %% ../nbs/34_bench.ipynb #7e53cd68
-import contextlib, copy, hashlib, importlib.metadata, importlib.util, json, math, multiprocessing, os, platform, signal, statistics, sys
+import contextlib, copy, importlib.metadata, importlib.util, json, math, multiprocessing, os, platform, signal, statistics, sys
 import tempfile, time, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from . import __version__
 from .compute import peak_memory
 from .core import Params, Task, add, check_number, norm
-from .data import load, replace_file
+from .data import load, replace_file, seal
 from .maml import MAML
 from .models import MLP, Conv4
 from .tasks import FewShot, Sampler, Sinusoid, check_sizes
@@ -606,23 +606,18 @@ def plot_bench(result: Bench, axes=None):
 # %% ../nbs/34_bench.ipynb #0dd5a827
 FORMAT = "metanb bench 1"
 
-def digest(content: dict) -> str:
-    "The checksum of a result's content."
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
 def save_bench(result: Bench, path: str | os.PathLike) -> None:
     "Writes a result as JSON, atomically."
-    content = dict(vary=result.vary, about=result.about, rows=[asdict(r) for r in result.rows])
-    content = json.loads(json.dumps(content))
-    replace_file(Path(path), [json.dumps(dict(format=FORMAT, sha256=digest(content), **content), indent=1).encode()])
+    content = dict(format=FORMAT, vary=result.vary, about=result.about, rows=[asdict(r) for r in result.rows])
+    replace_file(Path(path), [json.dumps(seal(content), indent=1).encode()])
 
 def load_bench(path: str | os.PathLike) -> Bench:
     "Reads a result; refuses a file that is damaged or something else, by name."
     try: content = json.loads(Path(path).read_bytes())
     except ValueError as e: raise ValueError(f"{path} is damaged, or no result of a benchmark ({e}); run it again") from e
-    kind = content.pop("format", None) if isinstance(content, dict) else None
+    kind = content.get("format") if isinstance(content, dict) else None
     if kind != FORMAT: raise ValueError(f"{path} is no result of a benchmark: its format is {kind!r}, expected {FORMAT!r}")
-    if content.pop("sha256", None) != digest(content):
+    if content != seal(content):
         raise ValueError(f"{path} is damaged: its checksum does not match; run the benchmark again")
     row = lambda r: Row(**{**r, "problem": Problem(**r["problem"]), "rounds": tuple(r["rounds"])})
     return Bench(tuple(map(row, content["rows"])), content["about"], content["vary"])

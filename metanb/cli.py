@@ -10,7 +10,7 @@ __all__ = ['FLAT', 'FEW_SHOT', 'BASIC', 'RANDOM', 'TRAINING', 'METHODS', 'SCALES
            'sampler', 'view', 'settings', 'inner_steps', 'build', 'number', 'adapt_ms', 'meta_steps', 'pretrain',
            'fit_trial', 'example', 'run_trial', 'start_worker', 'work', 'Inline', 'workers', 'prepare', 'outcomes',
            'over_seeds', 'score', 'best', 'show_score', 'columns_of', 'block', 'caption', 'note', 'text_table',
-           'html_table', 'style_of', 'plain_log', 'plot_steps', 'plot_example', 'plot_results', 'seal', 'Results',
+           'html_table', 'style_of', 'plain_log', 'plot_steps', 'plot_example', 'plot_results', 'Results',
            'result_files', 'load_results', 'versions', 'device_name', 'default_device', 'check_device', 'check_scale',
            'check_precision', 'describe', 'announce', 'watch', 'run_trials', 'applicable', 'compare', 'record_path',
            'write_record', 'read_record', 'resumed', 'fresh', 'validation_line', 'exporter', 'process_number',
@@ -20,7 +20,7 @@ __all__ = ['FLAT', 'FEW_SHOT', 'BASIC', 'RANDOM', 'TRAINING', 'METHODS', 'SCALES
            'command_check', 'add_data', 'parser', 'main']
 
 # %% ../nbs/40_cli.ipynb #4ce34c87
-import argparse, contextlib, difflib, hashlib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
+import argparse, contextlib, difflib, html, importlib, json, math, multiprocessing, os, platform, signal, statistics, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -609,11 +609,6 @@ def plot_results(results, figure=None):
     return figure
 
 # %% ../nbs/40_cli.ipynb #71f70bac
-def seal(data: dict) -> dict:
-    "The same values, and a checksum of them all."
-    values = {name: value for name, value in data.items() if name != "sha256"}
-    return {**values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
-
 class Results:
     "What a comparison found: shows itself as a table, draws itself, saves itself."
     def __init__(self, data: dict): self.data = data
@@ -624,7 +619,7 @@ class Results:
     def save(self, folder: str | os.PathLike) -> tuple[Path, Path]:
         "Writes results.json and compare.png into a folder; their paths."
         from matplotlib.figure import Figure
-        from metanb.data import replace_file
+        from metanb.data import replace_file, seal
         document, picture = result_files(folder)
         replace_file(document, [json.dumps(seal(self.data), indent=1, allow_nan=False).encode()])
         figure = Figure(figsize=(10, 4))  # apart from pyplot, which may want a display
@@ -639,6 +634,7 @@ def result_files(folder: str | os.PathLike) -> tuple[Path, Path]:
 # %% ../nbs/40_cli.ipynb #860b8533
 def load_results(path: str | os.PathLike) -> Results:
     "Reads results.json, or the folder that holds it."
+    from metanb.data import seal
     path = result_files(path)[0] if Path(path).is_dir() else Path(path)
     try: data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path} is damaged, or no results of metanb ({error}): make it again") from error
@@ -777,12 +773,13 @@ def record_path(checkpoint: str | os.PathLike) -> Path:
 
 def write_record(checkpoint, trial: Trial, inner: dict) -> None:
     "Writes what a checkpoint is of."
-    from metanb.data import replace_file
+    from metanb.data import replace_file, seal
     data = dict(format=LEARNER, trial=trial._asdict(), inner=inner, versions=versions())
     replace_file(record_path(checkpoint), [json.dumps(seal(data), indent=1).encode()])
 
 def read_record(checkpoint) -> tuple[Trial, dict]:
     "The trial and the inner settings of a checkpoint."
+    from metanb.data import seal
     path = record_path(checkpoint)
     if not Path(checkpoint).is_file():
         raise Refused(f"there is no checkpoint {checkpoint}: `metanb train --checkpoint {checkpoint}` makes one")

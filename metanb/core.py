@@ -6,7 +6,7 @@
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'in_own_dtype',
            'Point', 'select', 'check_number', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact',
            'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'compiled',
-           'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance']
+           'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance', 'student']
 
 # %% ../nbs/00_core.ipynb #5e452623
 import copy, math, os, platform, warnings
@@ -451,3 +451,11 @@ def provenance(
     device = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     took = f" · {seconds:.0f} s" if seconds is not None else ""
     return f"scale {scale('smoke', 'quick', 'full')} · {device} · seed {seed} · torch {torch.__version__} · Python {platform.python_version()}{took}"
+
+# %% ../nbs/00_core.ipynb #3d7e77b3
+def student(n: int) -> float:
+    "What the standard error of the mean of n values is multiplied by for a 95% interval (Student's t); NaN for one value."
+    if n < 2: return math.nan
+    angle = torch.linspace(-math.pi / 2, math.pi / 2, 200_001, dtype=torch.float64)  # t = √(n−1) tan(angle), with density cosⁿ⁻²
+    below = angle.cos().pow(n - 2).cumsum(0)
+    return (n - 1) ** 0.5 * angle[torch.searchsorted(below, 0.975 * below[-1])].tan().item()

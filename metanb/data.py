@@ -6,14 +6,14 @@
 __all__ = ['FONTS', 'SCRIPTS', 'SCRIPT_NAMES', 'MARK', 'SUFFIXES', 'SOURCES', 'CIFAR_TERMS', 'cifar10_pickles',
            'cifar100_pickles', 'CIFAR100', 'DataError', 'ImageClasses', 'subset', 'labelled', 'sheet', 'font_path',
            'font_face', 'letters', 'draw', 'look', 'distinct', 'alphabet', 'inverse_affine', 'variants', 'glyphs',
-           'write_cache', 'replace_file', 'read_cache', 'home_folder', 'data_root', 'cache_folders', 'fingerprint',
-           'keep', 'cached', 'as_plain', 'check_square', 'to_size', 'read_image', 'inside', 'class_folders',
-           'family_index', 'gather', 'split_folders', 'omniglot_folders', 'miniimagenet_folders', 'reading',
-           'tinyimagenet_folders', 'ArraysOnly', 'read_pickle', 'by_label', 'cifar_batch', 'cifar_pickles', 'read_idx',
-           'mnist_files', 'celeba_files', 'celeba_attributes', 'split_list', 'Source', 'register', 'by_torchvision',
-           'by_hub', 'save_rows', 'source_of', 'split_of', 'locate', 'pick_split', 'again', 'examine', 'build_source',
-           'glyph_print', 'recipe', 'load', 'as_folder', 'absent', 'share', 'folder_groups', 'folder', 'describe',
-           'faults', 'fetch', 'check']
+           'write_cache', 'replace_file', 'seal', 'read_cache', 'home_folder', 'data_root', 'cache_folders',
+           'fingerprint', 'keep', 'cached', 'as_plain', 'check_square', 'to_size', 'read_image', 'inside',
+           'class_folders', 'family_index', 'gather', 'split_folders', 'omniglot_folders', 'miniimagenet_folders',
+           'reading', 'tinyimagenet_folders', 'ArraysOnly', 'read_pickle', 'by_label', 'cifar_batch', 'cifar_pickles',
+           'read_idx', 'mnist_files', 'celeba_files', 'celeba_attributes', 'split_list', 'Source', 'register',
+           'by_torchvision', 'by_hub', 'save_rows', 'source_of', 'split_of', 'locate', 'pick_split', 'again', 'examine',
+           'build_source', 'glyph_print', 'recipe', 'load', 'as_folder', 'absent', 'share', 'folder_groups', 'folder',
+           'describe', 'faults', 'fetch', 'check']
 
 # %% ../nbs/02_data.ipynb #e970a1f2
 import codecs, contextlib, gzip, hashlib, json, os, pickle, shutil, time, unicodedata, warnings
@@ -291,6 +291,12 @@ def replace_file(
         raise
     finally:
         with contextlib.suppress(OSError): draft.unlink(missing_ok=True)
+
+# %% ../nbs/02_data.ipynb #277944cd
+def seal(values: dict) -> dict:
+    "The values of a JSON file with the checksum of them all beside them; a file is whole where sealing what it holds changes nothing."
+    rest = {name: value for name, value in values.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 # %% ../nbs/02_data.ipynb #89e2b1df
 def read_cache(

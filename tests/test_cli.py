@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from metanb import cli
+from metanb.data import seal
 from metanb.dimaml import load_init
 from metanb.lstm import LearnedOptimizer, load_rule
 from metanb.models import MLP
@@ -367,6 +368,6 @@ def test_results_are_plain_json(tmp_path):
     results = cli.compare(["maml"], ["sinusoid"], scale="smoke", device="cpu", progress=False)
     document, picture = results.save(tmp_path)
     data = json.loads(document.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
-    assert data == cli.seal(results.data) and set(data) >= {"format", "made", "versions", "device", "scale", "seeds", "problems", "rows"}
+    assert data == seal(results.data) and set(data) >= {"format", "made", "versions", "device", "scale", "seeds", "problems", "rows"}
     data["rows"][0]["mean"][-1] = None  # a run that diverged
     assert "diverged" in repr(cli.Results(data)) and cli.plot_results(data) is not None

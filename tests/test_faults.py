@@ -301,7 +301,7 @@ def results(path):
     numbers = dict(tasks="sinusoid", method="maml", title="MAML", seed=0, mean=[1.0, 0.5], ci95=[0.1, 0.05])
     row = numbers | dict(meta_steps=3, train_seconds=1.0, ms_per_step=1.0, adapt_ms=1.0)
     about = dict(made="now", versions={}, device="CPU", processes=1, scale="smoke", seeds=[0], seconds=1.0, problems=dict(sinusoid={}))
-    path.write_text(json.dumps(cli.seal(dict(format=cli.FORMAT, rows=[row], **about)), indent=1))
+    path.write_text(json.dumps(data.seal(dict(format=cli.FORMAT, rows=[row], **about)), indent=1))
     return lambda: cli.load_results(path)
 
 
