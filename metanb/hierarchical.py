@@ -204,7 +204,7 @@ class Bowl(Sampler):
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self):
-        check_sizes(dim=self.dim); check_ranges(condition=self.condition); check_dtype(self.dtype)
+        check_sizes(dim=self.dim); check_dtype(self.dtype); check_ranges(self.dtype, condition=self.condition)
         if self.condition[0] < 1: raise ValueError(f"condition={self.condition}: the largest curvature over the least is 1 or more")
 
     def draw(self, keys: Tensor) -> Task:
@@ -232,7 +232,7 @@ class Valley(Sampler):
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self):
-        check_sizes(2, dim=self.dim); check_ranges(steepness=self.steepness); check_dtype(self.dtype)
+        check_sizes(2, dim=self.dim); check_dtype(self.dtype); check_ranges(self.dtype, steepness=self.steepness)
         if not self.steepness[0] > 0: raise ValueError(f"steepness={self.steepness}: the valley's walls are steeper than zero")
 
     def draw(self, keys: Tensor) -> Task:

@@ -49,6 +49,7 @@ def task_keys(
 ) -> Tensor:  # [T] int64
     "Keys of the tasks start, …, start + T − 1; each depends on (seed, step, its number) alone."
     check_sizes(None, seed=seed, step=step, start=start)
+    if start + T > 2**32: raise ValueError(f"start={start}: the number of a task must be below 2³²")
     place = int.from_bytes(blake2b(b"%d %d" % (seed, step), digest_size=8).digest(), "little", signed=True)
     return torch.arange(start, start + T, device=device).mul_(2**32).bitwise_xor_(place)
 
@@ -130,12 +131,13 @@ def within(u: Tensor, bounds: tuple[float, float]) -> Tensor:
     low, high = bounds
     return low + (high - low) * u
 
-def check_ranges(**ranges) -> None:
-    "Raises an error naming the first of the arguments that isn't a pair (low, high)."
+def check_ranges(dtype: torch.dtype = torch.float64, **ranges) -> None:
+    "Raises an error naming the first of the arguments that isn't a pair (low, high) in whose range numbers of this type can be drawn."
+    most = torch.finfo(dtype).max / 2  # so that high − low is a number too
     for name, bounds in ranges.items():
         try: low, high = (0.0 + bound for bound in bounds)
         except (TypeError, ValueError): raise TypeError(f"{name}={bounds!r}: give two numbers (low, high)") from None
-        if not -math.inf < low <= high < math.inf: raise ValueError(f"{name}={bounds!r}: low must be at most high, both finite")
+        if not -most <= low <= high <= most: raise ValueError(f"{name}={bounds!r}: low must be at most high, both finite in {dtype}")
 
 def check_dtype(dtype: torch.dtype) -> None:
     "Raises an error unless numbers of this type can be drawn."
@@ -157,8 +159,8 @@ class Sinusoid(Sampler):
 
     def __post_init__(self):
         check_sizes(shots=self.shots, queries=self.queries)
-        check_ranges(amplitude=self.amplitude, phase=self.phase, frequency=self.frequency, domain=self.domain)
         check_dtype(self.dtype)
+        check_ranges(self.dtype, amplitude=self.amplitude, phase=self.phase, frequency=self.frequency, domain=self.domain)
 
     def curves(
         self,
@@ -435,6 +437,8 @@ class Stream(Sampler):
     held: object = 0.1  # the rows for queries: a share of N, or row numbers, or a mask
 
     def __post_init__(self):
+        for name, value in ({"x": self.x} if self.y is None else {"x": self.x, "y": self.y}).items():
+            if not isinstance(value, Tensor): raise TypeError(f"{name}: expected a tensor [N, ...], got {type(value).__name__}")
         n, device, m = len(self.x), self.x.device, 1 if self.query_batches is None else self.query_batches
         check_sizes(steps=self.steps, batch=self.batch, queries=self.queries, query_batches=m)
         if self.y is not None and len(self.y) != n: raise ValueError(f"y: {len(self.y)} targets for {n} inputs; give one each")
