@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
 from .core import Learner, MetaLearner, Params, Task, check_learner, check_tasks, compiled, explain, mean, task_grads
-from .tasks import Sampler, task_keys
+from .tasks import Sampler, step_key, task_numbers
 
 # %% ../nbs/04_compute.ipynb #3ee5bb07
 def check_parts(learner, **samplers) -> None:
@@ -266,10 +266,12 @@ def meta_gradients(
 
     run = plain
     if compile: run = compiled(learner, plain, id(sampler), chunk, average, several, mode=compile if isinstance(compile, str) else None)
-    if keyed: draw(sampler, 1, *place)  # what is no task is refused by name
+    if keyed:
+        draw(sampler, 1, *place)  # what is no task is refused by name
+        numbers = task_numbers(count, start, sampler.device)
 
     def given(step):
-        if keyed: return task_keys(count, seed, step, start, sampler.device)
+        if keyed: return numbers ^ step_key(seed, step)
         return part(draw(sampler, tasks, *place, seed=seed, step=step), start, count)  # its tasks may depend on how many there are
 
     def gradients(meta_params, step):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'in_own_dtype',
            'Point', 'select', 'check_number', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact',
-           'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'compiled',
-           'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance', 'student']
+           'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'may_change',
+           'compiled', 'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance', 'student']
 
 # %% ../nbs/00_core.ipynb #5e452623
 import copy, math, os, platform, warnings
@@ -356,6 +356,10 @@ def task_grads(learner: Learner, meta_params: Params, tasks: Task, chunk: int | 
     return {n: torch.stack([grads[n] for grads, _ in each]) for n in meta_params}, torch.stack([loss for _, loss in each])
 
 # %% ../nbs/00_core.ipynb #3cbb6a4d
+def may_change(guards: list) -> list[bool]:
+    "Which of the assumptions behind compiled code to check at each call: all but those on the code of torch and of this package."
+    return [not g.name.startswith(("G['__import_torch", "G['__import_metanb", "__import__('torch')")) for g in guards]
+
 def compiled(
     learner: Learner,  # keeps what was compiled for it
     plain: Callable,  # a function of tensors that computes with the learner
@@ -365,7 +369,7 @@ def compiled(
     "A function through `torch.compile`, made once for its `key`; on any failure to compile, the plain function and one warning."
     cache, key = learner.__dict__.setdefault("_compiled", {}), (*key, mode)
     if key not in cache:
-        fast = torch.compile(plain, mode=mode)
+        fast = torch.compile(plain, options={**torch._inductor.list_mode_options(mode or "default"), "guard_filter_fn": may_change})
 
         def first(*args):
             try: out, cache[key] = fast(*args), fast

@@ -2,6 +2,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_state_dict_holds_the_meta_parameters_and_loads_back():
 
 
 def test_a_copy_of_a_compiled_learner_computes_its_own_gradients(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, mode: f)  # what is tested is the cache, not the compiler
+    monkeypatch.setattr(torch, "compile", lambda f, options: f)  # what is tested is the cache, not the compiler
     learner, tasks = MetaLearner(MODELS["mlp"](), rule=SGD(0.1)), regression(dtype=torch.float32)
     meta_grads(learner, tasks, compile=True)
     other = copy.deepcopy(learner)
@@ -151,8 +152,27 @@ def test_a_copy_of_a_compiled_learner_computes_its_own_gradients(monkeypatch):
     assert_close(meta_grads(other, tasks, compile=True)[1], meta_grads(other, tasks)[1])
 
 
+WEIGHT = 1.0
+
+def weighted(outputs, y): return WEIGHT * F.mse_loss(outputs, y)
+
+
+def test_compiled_code_follows_what_changes(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    learner, tasks = MetaLearner(MODELS["mlp"](), rule=SGD(0.1), loss=weighted), regression(dtype=torch.float32)
+    def losses():
+        got, want = (meta_grads(learner, tasks, compile=c)[1] for c in (True, False))
+        assert_close(got, want)
+        return got.tolist()
+    found = [losses()]
+    learner.steps = 3; found.append(losses())
+    learner.rule.lr = 0.2; found.append(losses())
+    monkeypatch.setitem(globals(), "WEIGHT", 2.0); found.append(losses())
+    assert len({tuple(f) for f in found}) == 4
+
+
 def test_compiling_that_fails_runs_uncompiled_and_says_so_once(monkeypatch):
-    def broken(f, mode):
+    def broken(f, options):
         def run(*args): raise RuntimeError("no C++ compiler")
         return run
     monkeypatch.setattr(torch, "compile", broken)
