@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Params', 'last', 'ELEMENTWISE', 'Task', 'add', 'dot', 'norm', 'detach', 'set_norm', 'skeleton', 'in_own_dtype',
            'Point', 'select', 'check_number', 'SGD', 'inner_step', 'inner_loop', 'Last', 'surrogate', 'exact',
-           'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'task_grads', 'may_change',
-           'compiled', 'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance', 'student']
+           'first_order', 'mean', 'Learner', 'check_model', 'check_axes', 'MetaLearner', 'plain_grads', 'task_grads',
+           'may_change', 'compiled', 'check_learner', 'check_tasks', 'explain', 'meta_grads', 'scale', 'provenance',
+           'student']
 
 # %% ../nbs/00_core.ipynb #5e452623
 import copy, math, os, platform, warnings
@@ -348,10 +349,19 @@ class MetaLearner(Learner):
         return self
 
 # %% ../nbs/00_core.ipynb #dae0483f
+def plain_grads(loss: Callable[[Params, Task], Tensor], params: Params, task: Task) -> tuple[Params, Tensor]:
+    "`grad_and_value` of a loss in its first argument by plain autograd, which starts its operations sooner than `torch.func`."
+    params = {n: p.detach().requires_grad_() for n, p in params.items()}
+    with torch.enable_grad():
+        value = loss(params, task)
+        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True) if value.requires_grad else map(torch.zeros_like, params.values())
+    return dict(zip(params, grads)), value.detach()
+
 def task_grads(learner: Learner, meta_params: Params, tasks: Task, chunk: int | None = None) -> tuple[Params, Tensor]:
     "Every task's meta-gradient {name: [T, *shape]} and meta-loss [T]: `meta_grads` without its checks."
-    one = grad_and_value(lambda meta_params, task: functional_call(learner, meta_params, (task,)))
-    if chunk != 1: return vmap(one, in_dims=(None, 0), randomness="different", chunk_size=chunk)(meta_params, tasks)
+    meta_loss = lambda meta_params, task: functional_call(learner, meta_params, (task,))
+    if chunk != 1: return vmap(grad_and_value(meta_loss), in_dims=(None, 0), randomness="different", chunk_size=chunk)(meta_params, tasks)
+    one = grad_and_value(meta_loss) if torch.compiler.is_compiling() else partial(plain_grads, meta_loss)
     each = [one(meta_params, Task(*task)) for task in zip(*tasks)]
     return {n: torch.stack([grads[n] for grads, _ in each]) for n in meta_params}, torch.stack([loss for _, loss in each])
 
