@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'eager', 'IMPLEMENTATIONS', 'TITLES', 'FORMAT', 'SIZES', 'Problem', 'network', 'letters', 'sampler',
-           'draw', 'loss_of', 'Implementation', 'twin', 'Loop', 'Higher', 'TorchOpt', 'Given', 'Metanb', 'Compiled',
-           'Unfolded', 'unfolded', 'ChannelsLast', 'jax_network', 'jax_tasks', 'jax_mean_grads', 'jax_adam', 'Jax',
-           'never', 'slow_compile', 'slow_jax', 'no_images', 'Entry', 'difference', 'Failed', 'Clock', 'timed',
-           'compared', 'work', 'Child', 'Row', 'title', 'digits', 'cells', 'text_table', 'Bench', 'bars', 'lines',
-           'plot_bench', 'save_bench', 'load_bench', 'absent', 'agreeing', 'attempt', 'measured', 'work_list',
-           'check_names', 'surroundings', 'bench']
+           'draw', 'loss_of', 'Implementation', 'twin', 'Loop', 'Higher', 'TorchOpt', 'Given', 'Metanb', 'Unfolded',
+           'unfolded', 'ChannelsLast', 'jax_network', 'jax_tasks', 'jax_mean_grads', 'jax_adam', 'Jax', 'never',
+           'slow_compile', 'slow_jax', 'no_images', 'Entry', 'difference', 'Failed', 'Clock', 'timed', 'compared',
+           'work', 'Child', 'Row', 'title', 'digits', 'cells', 'text_table', 'Bench', 'bars', 'lines', 'plot_bench',
+           'save_bench', 'load_bench', 'absent', 'agreeing', 'attempt', 'measured', 'work_list', 'check_names',
+           'surroundings', 'bench']
 
 # %% ../nbs/34_bench.ipynb #7e53cd68
 import contextlib, copy, importlib.metadata, importlib.util, json, math, multiprocessing, os, platform, signal, statistics, sys
@@ -21,7 +21,6 @@ from typing import Callable, Iterator, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
 from . import __version__
 from .compute import peak_memory
@@ -212,31 +211,6 @@ class Metanb(Implementation):
         self.fit(Given(tasks), len(tasks.x), 0.0, tell)
         return seen
 
-# %% ../nbs/34_bench.ipynb #c7b2c548
-class Compiled(Implementation):
-    "`torch.compile` around the meta-gradient of one task, called task after task."
-    def __init__(self, problem: Problem):
-        super().__init__(problem)
-        self.learner = MAML(network(problem), lr=problem.lr, steps=problem.steps, loss=loss_of(problem))
-        self.params, self.sampler = dict(self.learner.named_parameters()), sampler(problem)
-        self.opt = adam(self.params.values())
-        self.opt.param_groups[0]["lr"] = problem.rate
-        self.fast = torch.compile(grad_and_value(lambda params, *task: functional_call(self.learner, params, (Task(*task),))))
-
-    def mean_grads(self, tasks: Task) -> Params:
-        params = {n: p.detach() for n, p in self.params.items()}
-        total = {n: torch.zeros_like(p) for n, p in params.items()}
-        for task in zip(*tasks): total = add(total, self.fast(params, *task)[0], 1 / len(tasks.x))
-        return total
-
-    def step(self, number: int) -> None:
-        for n, g in self.mean_grads(draw(self.problem, self.sampler, number)).items(): self.params[n].grad = g
-        self.opt.step()
-
-    def gradients(self, weights: Params, tasks: Task) -> Params:
-        for p, w in zip(self.params.values(), weights.values(), strict=True): p.data.copy_(w)
-        return dict(zip(weights, self.mean_grads(tasks).values()))
-
 # %% ../nbs/34_bench.ipynb #10eb6f50
 class Unfolded(nn.Conv2d):
     "The same convolution as patches times filters."
@@ -391,7 +365,7 @@ IMPLEMENTATIONS = {
     "metanb-eager": Entry(partial(eager, chunk=None), "all tasks at once by vmap (convolutions become grouped ones)"),
     "metanb-loop": Entry(partial(eager, chunk=1), "task after task"),
     "metanb-compiled": Entry(partial(Metanb, compile=True, chunk=None), "all tasks at once, compiled", unless=slow_compile),
-    "metanb-compiled-loop": Entry(Compiled, "one task compiled, task after task", unless=slow_compile),
+    "metanb-compiled-loop": Entry(partial(Metanb, compile=True, chunk=1), "inner step and loss compiled, task after task", unless=slow_compile),
     "metanb-graphs": Entry(partial(Metanb, compile="reduce-overhead", chunk=None), "all tasks compiled into CUDA graphs", gpu=True),
     "metanb-im2col": Entry(partial(eager, change=unfolded), "convolutions as batched products", unless=no_images, gpu=True),
     "metanb-channels-last": Entry(partial(eager, change=ChannelsLast, chunk=1), "channels last, a loop", unless=no_images, gpu=True),

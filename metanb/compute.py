@@ -6,11 +6,13 @@
 __all__ = ['PRECISIONS', 'check_parts', 'placed', 'moved', 'draw', 'part', 'derive', 'reseed', 'own_randomness',
            'check_precision', 'precise', 'peak_memory', 'figures', 'free_memory', 'small', 'choose_chunk',
            'distributed', 'processes', 'rank', 'share', 'meet', 'summed', 'gathered', 'agree', 'from_first',
-           'start_alike', 'pays', 'check_combined', 'summary', 'meta_gradients']
+           'start_alike', 'pays', 'piecewise', 'check_combined', 'summary', 'meta_gradients']
 
 # %% ../nbs/04_compute.ipynb #aa2fc9d9
 import contextlib, datetime, hashlib, os, sys, warnings
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Callable
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
-from .core import Learner, MetaLearner, Params, Task, check_learner, check_tasks, compiled, explain, mean, task_grads
+from .core import Learner, MetaLearner, Params, Task, check_learner, check_tasks, compiled, explain, inner_step, mean, task_grads
 from .tasks import Sampler, step_key, task_numbers
 
 # %% ../nbs/04_compute.ipynb #3ee5bb07
@@ -227,12 +229,32 @@ def start_alike(learner: nn.Module) -> None:
     for t in learner.state_dict().values(): meet(dist.broadcast, t, 0)
 
 # %% ../nbs/04_compute.ipynb #8aa923a4
-def pays(learner: Learner, steps: int) -> bool:
-    "Whether compiling is expected to save more time than it takes: dense networks, few inner steps, a long run."
-    if not isinstance(learner, MetaLearner) or any("Conv" in type(m).__name__ for m in learner.modules()): return False
+def pays(
+    learner: Learner,
+    steps: int,  # meta-steps to come
+    tasks: int = 1,  # of each, in this process
+    chunk: int | None = None,  # of them at a time
+) -> bool:
+    "Whether compiling is expected to save more time than it takes."
+    if not isinstance(learner, MetaLearner): return False
+    if any("Conv" in type(m).__name__ for m in learner.modules()):
+        return chunk == 1 and next(learner.parameters()).device.type == "cpu" and steps * tasks * learner.steps >= 20_000
     return learner.steps <= 10 and steps * max(1, learner.steps) >= 5000
 
 # %% ../nbs/04_compute.ipynb #97c0fe9f
+def piecewise(learner: MetaLearner, plain: Callable, options: dict) -> Callable:
+    "A function whose inner steps and losses of the model are compiled each by itself, once for all steps and tasks."
+    bound = MethodType(type(learner).task_loss, learner)
+    pieces = dict(update=torch.compile(inner_step, options=dict(options)), task_loss=torch.compile(bound, options=dict(options)))
+
+    def run(*args):
+        learner.__dict__.update(pieces)
+        try: return plain(*args)
+        finally:
+            for name in pieces: del learner.__dict__[name]
+
+    return run
+
 def check_combined(grads: Params, params: Params) -> None:
     "Refuses what is not one gradient a parameter."
     if all(n in grads and grads[n].shape == p.shape for n, p in params.items()): return
@@ -265,7 +287,9 @@ def meta_gradients(
         return grads, summary(grads, losses) if average and not several else losses
 
     run = plain
-    if compile: run = compiled(learner, plain, id(sampler), chunk, average, several, mode=compile if isinstance(compile, str) else None)
+    if compile:
+        how = partial(piecewise, learner) if chunk == 1 and isinstance(learner, MetaLearner) else None
+        run = compiled(learner, plain, id(sampler), chunk, average, several, mode=compile if isinstance(compile, str) else None, how=how)
     if keyed:
         draw(sampler, 1, *place)  # what is no task is refused by name
         numbers = task_numbers(count, start, sampler.device)

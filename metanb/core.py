@@ -171,13 +171,14 @@ def inner_loop(
     steps: int,  # S
     names: tuple[str, ...] | None = None,  # the weights that move; None for all
     first_order: bool = False,  # treat the gradients as constants
+    update: Callable = inner_step,  # what does one of them
 ) -> Iterator[Params]:  # θ₀, θ₁, …, θ_S
     "Yields the weights before the first and after each of `steps` updates along the gradient of `loss`."
     yield params
     names = tuple(params) if names is None else names
     state = rule.init({n: params[n] for n in names})
     for step in range(steps):
-        params, state = inner_step(loss, params, state, rule, step, names, first_order)
+        params, state = update(loss, params, state, rule, step, names, first_order)
         yield params
 
 # %% ../nbs/00_core.ipynb #479c7e7d
@@ -265,6 +266,8 @@ def check_axes(**axes) -> None:
 
 class MetaLearner(Learner):
     "One choice on each axis; `learner(task)` is the meta-loss of one task."
+    update = staticmethod(inner_step)
+
     def __init__(
         self,
         model: nn.Module,  # any module with floating-point parameters; it is copied, not changed
@@ -312,7 +315,7 @@ class MetaLearner(Learner):
         if steps < 0: raise ValueError(f"steps={steps}: the number of inner steps is an integer, zero or more")
         loss = self.inner_loss(x, y, start, first_order)
         if hasattr(self.rule, "loop"): return self.rule.loop(loss, start, steps, self.names, first_order)
-        return inner_loop(loss, start, self.rule, steps, self.names, first_order)
+        return inner_loop(loss, start, self.rule, steps, self.names, first_order, self.update)
 
     def inner_loss(self, x: Tensor, y: Tensor, start: Params, first_order: bool = False) -> Callable[[Params, int], Tensor]:
         "What the inner loop from `start` descends, a function of the weights and the step: the support loss."
@@ -320,7 +323,8 @@ class MetaLearner(Learner):
 
     def minibatch(self, x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
         "The support examples of one inner step: every n-th, beginning one later each step, so that n steps see all of them once."
-        n = 1 if self.batch is None else -(-len(x) // self.batch)
+        if self.batch is None: return x, y
+        n = -(-len(x) // self.batch)
         return x[step % n :: n], y[step % n :: n]
 
     def meta_loss(self, task: Task, first_order: bool = False) -> Tensor:
@@ -375,14 +379,17 @@ def compiled(
     plain: Callable,  # a function of tensors that computes with the learner
     *key,  # what the function depends on beside the learner
     mode: str | None = None,  # of `torch.compile`
+    how: Callable | None = None,  # (plain, options of `torch.compile`) -> the compiled function; None for `torch.compile`
 ) -> Callable:
     "A function through `torch.compile`, made once for its `key`; on any failure to compile, the plain function and one warning."
     cache, key = learner.__dict__.setdefault("_compiled", {}), (*key, mode)
     if key not in cache:
-        fast = torch.compile(plain, options={**torch._inductor.list_mode_options(mode or "default"), "guard_filter_fn": may_change})
+        options = {**torch._inductor.list_mode_options(mode or "default"), "guard_filter_fn": may_change}
+        fast = how(plain, options) if how else torch.compile(plain, options=options)
 
         def first(*args):
-            try: out, cache[key] = fast(*args), fast
+            try:  # torch gives up on a function after few variants; here every learner is one
+                with torch._dynamo.config.patch(recompile_limit=256): out, cache[key] = fast(*args), fast
             except Exception as e:
                 out, cache[key] = plain(*args), plain  # an error of the user's own appears here again, uncompiled
                 warnings.warn(f"torch.compile did not work here ({type(e).__name__}), running uncompiled")

@@ -584,7 +584,7 @@ def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "au
         batch = None if hasattr(run.sampler, "gradients") else draw(run.sampler, run.tasks, *placed(run.learner), seed=run.seed)
         run.chunk = batch and choose_chunk(run.learner, part(batch, *share(run.tasks)))
     elif chunk != "auto": run.chunk = chunk
-    compile = pays(run.learner, run.steps) if compile == "auto" else compile
+    if compile == "auto": compile = pays(run.learner, run.steps, share(run.tasks)[1], run.chunk)
     return meta_gradients(run.learner, run.sampler, run.tasks, run.seed, run.combine, run.chunk, compile)
 
 def fit(
