@@ -238,10 +238,10 @@ def pays(
     "Whether compiling is expected to save more time than it takes."
     if not isinstance(learner, MetaLearner): return False
     if any("Conv" in type(m).__name__ for m in learner.modules()):
-        return chunk == 1 and next(learner.parameters()).device.type == "cpu" and steps * tasks * learner.steps >= 20_000
+        return chunk == 1 and next(learner.parameters()).device.type == "cpu" and steps * tasks * learner.steps >= 30_000
     return learner.steps <= 10 and steps * max(1, learner.steps) >= 5000
 
-# %% ../nbs/04_compute.ipynb #97c0fe9f
+# %% ../nbs/04_compute.ipynb #34d67e96
 def piecewise(learner: MetaLearner, plain: Callable, options: dict) -> Callable:
     "A function whose inner steps and losses of the model are compiled each by itself, once for all steps and tasks."
     bound = MethodType(type(learner).task_loss, learner)
@@ -255,6 +255,7 @@ def piecewise(learner: MetaLearner, plain: Callable, options: dict) -> Callable:
 
     return run
 
+# %% ../nbs/04_compute.ipynb #97c0fe9f
 def check_combined(grads: Params, params: Params) -> None:
     "Refuses what is not one gradient a parameter."
     if all(n in grads and grads[n].shape == p.shape for n, p in params.items()): return
