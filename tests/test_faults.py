@@ -47,6 +47,7 @@ def live(code, folder):
     scope = {"status": 0}
     try: exec(code, scope)
     except BaseException: traceback.print_exc(); scope["status"] = 70
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command has returned; what is interrupted from here on is not it
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(scope["status"])
 
