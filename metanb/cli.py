@@ -375,7 +375,9 @@ def run_trial(trial: Trial, test_tasks: int, test_steps: int, **options) -> dict
 def start_worker(counter) -> None:
     "Sets up a worker process: one thread, no Ctrl-C of its own, an end when its parent ends, and a place to count meta-steps."
     import torch
+    from metanb.compute import keep_memory
     torch.set_num_threads(1)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1013,7 +1015,8 @@ def add_compare(commands) -> None:
 # %% ../nbs/40_cli.ipynb #f61ae293
 def command_train(args) -> None:
     "`metanb train`, alone or as one of the processes of `torchrun`"
-    from metanb.compute import distributed
+    from metanb.compute import distributed, keep_memory
+    keep_memory()
     names = "method", "tasks", "ways", "shots", "steps", "seed", "scale", "precision"
     asked = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     stem = f"{asked.get('method', 'maml')}-{Path(asked.get('tasks', 'glyphs')).name}"

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'check_parts', 'placed', 'moved', 'draw', 'part', 'derive', 'reseed', 'own_randomness',
            'check_precision', 'precise', 'peak_memory', 'figures', 'free_memory', 'small', 'choose_chunk',
-           'distributed', 'processes', 'rank', 'share', 'meet', 'summed', 'gathered', 'agree', 'from_first',
-           'start_alike', 'pays', 'piecewise', 'check_combined', 'summary', 'meta_gradients']
+           'keep_memory', 'distributed', 'processes', 'rank', 'share', 'meet', 'summed', 'gathered', 'agree',
+           'from_first', 'start_alike', 'pays', 'one_by_one', 'channels_last', 'piecewise', 'check_combined', 'summary',
+           'meta_gradients']
 
 # %% ../nbs/04_compute.ipynb #aa2fc9d9
-import contextlib, datetime, hashlib, os, sys, warnings
+import contextlib, ctypes, datetime, hashlib, os, sys, warnings
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -151,6 +152,14 @@ def choose_chunk(
     warnings.warn(f"{T} tasks at once would take about {(fixed + T * each) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: fewer go at a time")
     return max(1, int((free - fixed) / each))
 
+# %% ../nbs/04_compute.ipynb #ef4fae5f
+def keep_memory() -> bool:
+    "Has this process keep freed memory for its next use, where glibc manages it; says whether it does."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False  # another C library
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; older versions bound the second
+    return bool(mallopt(trim, 2**31 - 1) and (mallopt(mmap, 2**30) or mallopt(mmap, 2**25)))
+
 # %% ../nbs/04_compute.ipynb #e32f91d1
 @contextlib.contextmanager
 def distributed(
@@ -241,15 +250,31 @@ def pays(
         return chunk == 1 and next(learner.parameters()).device.type == "cpu" and steps * tasks * learner.steps >= 30_000
     return learner.steps <= 10 and steps * max(1, learner.steps) >= 5000
 
+def one_by_one(
+    learner: Learner,
+    steps: int,  # meta-steps to come
+    tasks: int = 1,  # of each, in this process
+    compile: bool | str = "auto",  # as `fit` was asked
+) -> bool:
+    "Whether to go task by task because it will be compiled: convolutions on a CPU, of many filters unless it was asked for."
+    filters = [m.out_channels for m in learner.modules() if "Conv" in type(m).__name__ and hasattr(m, "out_channels")]
+    if not compile or not filters or not isinstance(learner, MetaLearner) or next(learner.parameters()).device.type != "cpu": return False
+    return compile != "auto" or (max(filters) >= 64 and pays(learner, steps, tasks, chunk=1))
+
 # %% ../nbs/04_compute.ipynb #34d67e96
+def channels_last(p: Tensor) -> Tensor:
+    "The same numbers, and those of a convolution's filters [out, in, height, width] in the order in which a CPU's kernels read them."
+    return p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p
+
 def piecewise(learner: MetaLearner, plain: Callable, options: dict) -> Callable:
     "A function whose inner steps and losses of the model are compiled each by itself, once for all steps and tasks."
     bound = MethodType(type(learner).task_loss, learner)
     pieces = dict(update=torch.compile(inner_step, options=dict(options)), task_loss=torch.compile(bound, options=dict(options)))
 
-    def run(*args):
+    def run(meta_params, *args):
+        if placed(learner)[0].type == "cpu": meta_params = {n: channels_last(p) for n, p in meta_params.items()}
         learner.__dict__.update(pieces)
-        try: return plain(*args)
+        try: return plain(meta_params, *args)
         finally:
             for name in pieces: del learner.__dict__[name]
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import clip_grad_value_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from .compute import (agree, check_parts, check_precision, choose_chunk, derive, draw, from_first, meta_gradients, own_randomness, part,
-                           pays, placed, precise, rank, reseed, share, start_alike)
+from .compute import (agree, check_parts, check_precision, choose_chunk, derive, draw, from_first, meta_gradients, one_by_one, own_randomness,
+                           part, pays, placed, precise, rank, reseed, share, start_alike)
 from .core import Learner, Params, Task, check_number, explain, mean
 from .data import replace_file
 from .tasks import check_sizes
@@ -582,7 +582,10 @@ def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "au
     "The run's (meta_params, step) -> (one gradient, its `summary`), with what is 'auto' decided."
     if chunk == "auto" and run.chunk == "auto":  # a resumed run goes on as it began
         batch = None if hasattr(run.sampler, "gradients") else draw(run.sampler, run.tasks, *placed(run.learner), seed=run.seed)
-        run.chunk = batch and choose_chunk(run.learner, part(batch, *share(run.tasks)))
+        mine = share(run.tasks)
+        if batch is None: run.chunk = None
+        elif one_by_one(run.learner, run.steps, mine[1], compile): run.chunk = 1
+        else: run.chunk = choose_chunk(run.learner, part(batch, *mine))
     elif chunk != "auto": run.chunk = chunk
     if compile == "auto": compile = pays(run.learner, run.steps, share(run.tasks)[1], run.chunk)
     return meta_gradients(run.learner, run.sampler, run.tasks, run.seed, run.combine, run.chunk, compile)
