@@ -55,6 +55,19 @@ class Far(Quadratic):
         return task._replace(xq=torch.where(far[:, None, None], 1e200, task.xq))
 
 
+class Opposed(Quadratic):
+    "Quadratics of which every other one is mirrored, so that their gradients conflict."
+    def sample(self, T, seed=0, step=0, start=0):
+        task = super().sample(T, seed, step, start)
+        sign = 1.0 - 2.0 * (torch.arange(start, start + T) % 2)[:, None, None]
+        return task._replace(y=sign * task.y, yq=sign * task.yq)
+
+
+def shaken(grads):
+    "The mean and some noise: a combiner that draws random numbers."
+    return {n: g.mean(0) + 0.01 * torch.randn(g.shape[1:], dtype=g.dtype) for n, g in grads.items()}
+
+
 def start(sampler=Quadratic(3, dtype=torch.float64), rule=None, **axes):
     "A learned rule, and weights to begin with that are learned too."
     rule = LSTMRule(4, 1).double() if rule is None else rule
@@ -65,8 +78,9 @@ def random_start(): return quadratic_run(LSTMRule(4, 1).double(), 3, 10, 4).doub
 
 
 CARRIED = {  # what `fit_truncated` gets; of ten inner steps a meta-step takes four, four and two
-    "lstm": (start, dict(tasks=7, unroll=lambda step: 2 + step % 3)), "pcgrad": (start, dict(tasks=7, combine=FiniteOnly(pcgrad))),
-    "random": (random_start, dict(tasks=7, combine=pcgrad)), "random, two at a time": (random_start, dict(tasks=7, chunk=2)),
+    "lstm": (start, dict(tasks=7, unroll=lambda step: 2 + step % 3)),
+    "pcgrad": (partial(start, Opposed(3, dtype=torch.float64)), dict(tasks=7, combine=FiniteOnly(pcgrad))),
+    "random": (random_start, dict(tasks=7, combine=shaken)), "random, two at a time": (random_start, dict(tasks=7, chunk=2)),
     "random, task by task": (random_start, dict(tasks=4, chunk=1)),
     "diverged": (partial(start, Far(3, dtype=torch.float64)), dict(tasks=7, combine=FiniteOnly(), nonfinite="skip")),
 }
