@@ -359,11 +359,11 @@ def first_draws(
 def segment_loss(
     learner: MetaLearner,
     task: Task,
-    carry: tuple,
-    draws: tuple,  # random numbers to begin with, see `Draws`; () for new ones
-    first: int,
+    carry: tuple,  # () at the start
+    first: int,  # step
     last: int,
     first_order: bool = False,
+    draws: tuple = (),  # random numbers to begin with, see `Draws`; () for new ones
 ) -> tuple[Tensor, tuple]:
     "The outer loss on the readings of one segment, and what the next one begins with: (θ₀, moving weights, rule's state)."
     with Draws(draws) if draws else contextlib.nullcontext(): start, moving, state = carry or begin(learner, task)
@@ -384,7 +384,7 @@ def segment_grads(
     draws: tuple = (),  # random numbers to begin with, every tensor [T, ...], see `first_draws`
 ) -> tuple[Params, Tensor, tuple]:  # {name: [T, *shape]}, losses [T], what to carry on
     "Each task's meta-gradient and loss on one segment, and where it ends."
-    method = Method(learner, partial(segment_loss, first=first, last=last, first_order=first_order))
+    method = Method(learner, lambda learner, task, carry, draws: segment_loss(learner, task, carry, first, last, first_order, draws))
     def one(meta_params, task, carry, draws):
         loss = lambda p: functional_call(method, {f"learner.{n}": t for n, t in p.items()}, (task, carry, draws))
         return grad_and_value(loss, has_aux=True)(meta_params)

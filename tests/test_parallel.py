@@ -77,13 +77,20 @@ def start(sampler=Quadratic(3, dtype=torch.float64), rule=None, **axes):
 def random_start(): return quadratic_run(LSTMRule(4, 1).double(), 3, 10, 4).double(), Quadratic(3, dtype=torch.float64)
 
 
+def dropout():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 1)).double()
+    return MetaLearner(model, rule=LSTMRule(4, 1).double(), steps=10, objective=Along(), gradient=Truncated(4), loss=squared_error), Quadratic(3)
+
+
 CARRIED = {  # what `fit_truncated` gets; of ten inner steps a meta-step takes four, four and two
     "lstm": (start, dict(tasks=7, unroll=lambda step: 2 + step % 3)),
     "pcgrad": (partial(start, Opposed(3, dtype=torch.float64)), dict(tasks=7, combine=FiniteOnly(pcgrad))),
     "random": (random_start, dict(tasks=7, combine=shaken)), "random, two at a time": (random_start, dict(tasks=7, chunk=2)),
     "random, task by task": (random_start, dict(tasks=4, chunk=1)),
     "diverged": (partial(start, Far(3, dtype=torch.float64)), dict(tasks=7, combine=FiniteOnly(), nonfinite="skip")),
+    "dropout": (dropout, dict(tasks=7)),
 }
+ALIKE = [*(name for name in CARRIED if name != "dropout"), "zoo"]  # what does not depend on how many processes there are
 
 
 def carried(folder, name, steps=8, checkpoint=None, **options):
@@ -142,6 +149,8 @@ def main(folder, part):
         if part in ("error", "signal"): carried(folder, "random", checkpoint=part, callbacks=[trouble(part)])
         if part == "carried":
             results = {name: carried(folder, name) for name in (*CARRIED, "zoo")}
+            carried(folder, "dropout", checkpoint=f"dropout-{n}", callbacks=[halt])
+            results["dropout resumed"] = carried(folder, "dropout", checkpoint=f"dropout-{n}")
             for name in ("random", "diverged", "zoo"):
                 carried(folder, name, checkpoint=f"{name}-from-{n}", callbacks=[halt])
                 results[f"{name} resumed"] = carried(folder, name, checkpoint=f"{name}-from-{n // 2}")  # what half as many began
@@ -190,7 +199,7 @@ def test_several_processes_train_the_weights_of_one_and_go_on_with_each_others_r
 
 @pytest.mark.slow
 def test_inner_loops_are_carried_on_as_in_one_process(tmp_path):
-    alone = {name: carried(None, name) for name in (*CARRIED, "zoo")}
+    alone = {name: carried(None, name) for name in ALIKE}
     assert [math.isfinite(x) for x in alone["diverged"]["losses"]] == [True] * 3 + [False] + [True] * 4  # the second trajectory ends at once
     for name in ("random", "diverged", "zoo"): carried(tmp_path, name, checkpoint=f"{name}-from-1", callbacks=[halt])
     for processes in (2, 4):
@@ -198,8 +207,9 @@ def test_inner_loops_are_carried_on_as_in_one_process(tmp_path):
         assert status == 0, text[-3000:]
         seen = torch.load(tmp_path / f"{processes}.pt")
         for name in alone: close(seen[name], alone[name], f"{name} by {processes}")
-        assert seen["again"]["losses"] == seen["random"]["losses"]  # reruns are equal bit for bit
-        for n, w in seen["random"]["weights"].items(): assert torch.equal(seen["again"]["weights"][n], w), n
+        for again, name in (("again", "random"), ("dropout resumed", "dropout")):  # bit for bit
+            assert seen[again]["losses"] == seen[name]["losses"], again
+            for n, w in seen[name]["weights"].items(): assert torch.equal(seen[again]["weights"][n], w), (again, n)
         for name in ("random", "diverged", "zoo"):
             close(seen[f"{name} resumed"], alone[name], f"{name}, begun by {processes // 2}, ended by {processes}")
             close(carried(tmp_path, name, checkpoint=f"{name}-from-{processes}"), alone[name], f"{name}, begun by {processes}, ended by 1")
