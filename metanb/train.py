@@ -381,9 +381,9 @@ def restore(run: Run, path: str | os.PathLike) -> None:
 
 # %% ../nbs/04_train.ipynb #33ffad56
 def save_run(run: Run, path: str | os.PathLike, due: bool = True) -> bool:
-    "Writes a checkpoint where it is due, in process 0; of a state that is spread over the processes all take part, when process 0 says so."
+    "Writes a checkpoint if one is due; whether it was."
     spread = getattr(run.sampler, "takes_share", False)
-    if spread: due = agree(due and rank() == 0, placed(run.learner)[0])  # clocks and roundings of the others may differ
+    if spread: due = agree(due and rank() == 0, placed(run.learner)[0])  # process 0 decides: other clocks and roundings may differ
     if due and (spread or rank() == 0): state = snapshot(run)
     if due and rank() == 0: save_checkpoint(path, state)
     return due
