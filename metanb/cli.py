@@ -232,7 +232,7 @@ def stream_net(problem: Problem, trial: Trial):
     return image_mlp(x[0].numel(), outputs=int(y.max()) + 1)
 
 TRAIN = Problem("train-glyphs", "training on glyphs", "training", stream_tasks, stream_net, shots=32, queries=(50, 100, 100),
-                test_queries=(50, 100, 100), steps=(2, 300, 10_000), tasks=(1, 1, 4), test_tasks=(4, 20, 100), size=14, inner=(5, 100, 100))
+                test_queries=(50, 100, 100), steps=(2, 300, 10_000), tasks=(2, 1, 4), test_tasks=(4, 20, 100), size=14, inner=(5, 100, 100))
 
 # %% ../nbs/40_cli.ipynb #7d67b5f6
 PROBLEMS = {p.name: p for p in (
@@ -853,8 +853,6 @@ def check_split(trial: Trial) -> Trial:
     "The same trial; refused where its tasks can't be split over the processes there are."
     from metanb.compute import processes, share
     if processes() == 1: return trial
-    if hasattr(piece(settings(trial).get("gradient")), "unroll"):
-        raise Refused(f"{trial.method} carries its training runs on from one meta-step to the next: train it in one process")
     with choosing(f"{trial.method} on {trial.tasks}, scale {trial.scale}: "): share(trial.at_scale(problem_of(trial.tasks).tasks))
     return trial
 

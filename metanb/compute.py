@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'check_parts', 'placed', 'moved', 'draw', 'part', 'derive', 'reseed', 'own_randomness',
            'check_precision', 'precise', 'peak_memory', 'figures', 'free_memory', 'small', 'choose_chunk',
-           'keep_memory', 'distributed', 'processes', 'rank', 'share', 'meet', 'summed', 'gathered', 'agree',
-           'from_first', 'start_alike', 'pays', 'one_by_one', 'channels_last', 'piecewise', 'check_combined', 'summary',
-           'meta_gradients']
+           'keep_memory', 'distributed', 'processes', 'rank', 'share', 'meet', 'summed', 'all_rows', 'gathered',
+           'agree', 'own_draws', 'from_first', 'start_alike', 'pays', 'one_by_one', 'channels_last', 'piecewise',
+           'check_combined', 'summary', 'meta_gradients']
 
 # %% ../nbs/04_compute.ipynb #aa2fc9d9
 import contextlib, ctypes, datetime, hashlib, os, sys, warnings
@@ -18,7 +18,6 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.profiler import ProfilerActivity, profile
 from .core import Learner, MetaLearner, Params, Task, check_learner, check_tasks, compiled, explain, inner_step, mean, task_grads
@@ -207,14 +206,20 @@ def summed(grads: Params, losses: Tensor, weight: float) -> tuple[Params, Tensor
     loss, *parts = flat.split([1, *(g.numel() for g in grads.values())])
     return {n: part.view_as(g) for (n, g), part in zip(grads.items(), parts)}, loss
 
-def gathered(grads: Params, losses: Tensor, tasks: int) -> tuple[Params, Tensor]:
-    "The gradients {name: [T, *shape]} and losses [T] of all processes' tasks, in the order of the tasks."
-    rows = torch.cat([losses[:, None].to(next(iter(grads.values()))), *(g.flatten(1) for g in grads.values())], 1)
+def all_rows(rows: Tensor, tasks: int) -> Tensor:
+    "The rows [T, ...] of all processes' tasks, in the order of the tasks."
+    if processes() == 1: return rows
     sizes = [share(tasks, of=r)[1] for r in range(processes())]
-    rows = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))  # all processes send equally much
+    rows = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])  # all processes send equally much
     everyone = [torch.empty_like(rows) for _ in sizes]
     meet(dist.all_gather, everyone, rows)
-    rows = torch.cat([r[:n] for r, n in zip(everyone, sizes)])
+    return torch.cat([r[:n] for r, n in zip(everyone, sizes)])
+
+def gathered(grads: Params, losses: Tensor, tasks: int) -> tuple[Params, Tensor]:
+    "The gradients {name: [T, *shape]} and losses [T] of all processes' tasks."
+    if processes() == 1: return grads, losses
+    rows = [losses[:, None].to(next(iter(grads.values()))), *(g.reshape(len(g), -1) for g in grads.values())]
+    rows = all_rows(torch.cat(rows, 1), tasks)
     loss, *parts = rows.split([1, *(g[0].numel() for g in grads.values())], 1)
     return {n: part.reshape(tasks, *g.shape[1:]) for (n, g), part in zip(grads.items(), parts)}, loss[:, 0]
 
@@ -224,6 +229,14 @@ def agree(flag: bool, device: torch.device) -> bool:
     said = torch.tensor([float(flag)], device=device)
     meet(dist.all_reduce, said)
     return said.item() > 0
+
+@contextlib.contextmanager
+def own_draws(device: torch.device):
+    "A block in which each process draws random numbers of its own; before and after it all draw alike."
+    if processes() == 1: yield; return
+    with own_randomness(device):
+        if rank(): reseed(derive(torch.initial_seed(), "process", rank()), device)  # process 0 draws as a single one does
+        yield
 
 def from_first(make: Callable[[], object], device: torch.device):
     "What process 0 makes, in every process."
@@ -301,9 +314,10 @@ def meta_gradients(
     compile: bool | str = False,  # or a mode of `torch.compile`
 ) -> Callable[[Params, int], tuple[Params, Tensor]]:  # (meta_params, step) -> (one gradient {name: [*shape]}, its `summary`)
     "What `fit` calls in each meta-step."
-    own = getattr(sampler, "gradients", None)
-    if own and processes() > 1: raise ValueError(f"sampler: {type(sampler).__name__} has one state for all tasks; run it in one process")
-    (start, count), place, several = share(tasks), placed(learner), processes() > 1
+    own, several = getattr(sampler, "gradients", None), processes() > 1
+    if own and several and not getattr(sampler, "takes_share", False):
+        raise ValueError(f"sampler: {type(sampler).__name__} does not say takes_share = True, so it may know of one process only; run it in one")
+    (start, count), place = share(tasks), placed(learner)
     keyed = not own and getattr(type(sampler), "sample", None) is Sampler.sample
     average = combine is mean and not own  # a mean is taken, and looked at, where the gradients are made
 
@@ -325,7 +339,8 @@ def meta_gradients(
         return part(draw(sampler, tasks, *place, seed=seed, step=step), start, count)  # its tasks may depend on how many there are
 
     def gradients(meta_params, step):
-        reseed(derive(seed, "step", step, *([start] if start else [])), place[0])  # process 0 draws as a single one does
+        apart = [start] if start and not own else []  # process 0 draws as a single one does
+        reseed(derive(seed, "step", step, *apart), place[0])
         if own: grads, seen = own(meta_params, step)
         else:
             mine = given(step)
@@ -333,7 +348,7 @@ def meta_gradients(
             except (RuntimeError, IndexError) as e: explain(e, sampler.draw(mine) if keyed else mine, chunk)
         if average and not several: return grads, seen
         if average: grads, seen = summed(grads, seen, count / tasks)
-        elif several:
+        elif several and not own:
             grads, seen = gathered(grads, seen, tasks)
             reseed(derive(seed, "step", step), place[0])  # a combiner that draws numbers draws the same ones in every process
         if not average: grads = combine(grads)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from .compute import derive, placed, reseed
+from .compute import derive, placed, reseed, start_alike
 from .core import Params, Task, check_model, check_number
 from .lstm import check_rule, squared_error
 from .maml import safe_sqrt
@@ -396,6 +396,8 @@ class Round(NamedTuple):
 
 class Rounds:
     "One problem after the other, each as often as the others, in meta-steps of a segment: a source of gradients for `fit`."
+    takes_share = True  # as `Trajectories`
+
     def __init__(self, rule: nn.Module, problems: list[Problem], segments: int | Callable[[int], int], unroll: int | Callable[[int], int],
                  tasks: int, first_order: bool, seed: int):
         self.rule, self.problems, self.segments, self.unroll = rule, problems, segments, unroll
@@ -418,6 +420,7 @@ class Rounds:
         "The inner loops of round k."
         (unroll, segments), problem = self.sizes(k), self.problem(k)
         learner = problem.run(self.rule, unroll * segments, unroll, self.first_order).to(placed(self.rule)[0])
+        start_alike(learner)  # the problem's net may have been made with other random numbers in each process
         return Trajectories(learner, problem.sampler, unroll, self.first_order, self.tasks, derive(self.seed, "round", k))
 
     def gradients(self, meta_params: Params, step: int) -> tuple[Params, Tensor]:

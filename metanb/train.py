@@ -7,8 +7,9 @@ __all__ = ['SEAL', 'COMPILE', 'NOTHING_LEARNED', 'accuracy', 'choose_metric', 'l
            'evaluating', 'tasks_at_once', 'curves', 'evaluate', 'History', 'cell', 'table', 'html_table',
            'moving_average', 'plot_history', 'LogFile', 'save_history', 'save_checkpoint', 'load_checkpoint', 'Run',
            'as_callback', 'tell', 'settings', 'label', 'stateful', 'identity', 'snapshot', 'check_resume', 'restore',
-           'load_learner', 'Validate', 'Checkpoint', 'watched', 'Progress', 'TensorBoard', 'interruptible', 'running',
-           'check_optimizer', 'check_choices', 'tell_nonfinite', 'adam', 'update', 'watchers', 'source', 'fit']
+           'save_run', 'load_learner', 'Validate', 'Checkpoint', 'watched', 'Progress', 'TensorBoard', 'interruptible',
+           'running', 'check_optimizer', 'check_choices', 'tell_nonfinite', 'adam', 'update', 'watchers', 'source',
+           'fit']
 
 # %% ../nbs/04_train.ipynb #f3ebe98d
 import contextlib, csv, hashlib, html, io, json, math, os, pickle, signal, sys, threading, time, warnings
@@ -379,6 +380,14 @@ def restore(run: Run, path: str | os.PathLike) -> None:
     run.step, run.chunk, run.saved = state["step"], state.get("chunk", "auto"), f"{path} at step {state['step']}"
 
 # %% ../nbs/04_train.ipynb #33ffad56
+def save_run(run: Run, path: str | os.PathLike, due: bool = True) -> bool:
+    "Writes a checkpoint if one is due; whether it was."
+    spread = getattr(run.sampler, "takes_share", False)
+    if spread: due = agree(due and rank() == 0, placed(run.learner)[0])  # process 0 decides: other clocks and roundings may differ
+    if due and (spread or rank() == 0): state = snapshot(run)
+    if due and rank() == 0: save_checkpoint(path, state)
+    return due
+
 def load_learner(learner: Learner, path: str | os.PathLike) -> Learner:
     "Gives a learner the meta-parameters of a checkpoint."
     try: learner.load_state_dict(load_checkpoint(path)["learner"])
@@ -401,7 +410,7 @@ class Validate:
         past = [sign * v for v in history["validation"] if not math.isnan(v)]
         history.metric, history["validation"][-1], history["ci95"][-1] = result.metric, value, result.ci95[-1].item()
         if isinstance(run.scheduler, ReduceLROnPlateau): run.scheduler.step(value)
-        if rank() == 0 and self.best is not None and sign * value < min(past, default=math.inf): save_checkpoint(self.best, snapshot(run))
+        if self.best is not None: save_run(run, self.best, sign * value < min(past, default=math.inf))
 
 # %% ../nbs/04_train.ipynb #63bdda64
 class Checkpoint:
@@ -411,12 +420,12 @@ class Checkpoint:
 
     def start(self, run: Run) -> None: self.save(run)  # a folder that can't be written shows now, not after hours
 
-    def save(self, run: Run) -> None:
-        if rank() == 0: save_checkpoint(self.path, snapshot(run))
-        run.saved, self.at, self.time = f"{self.path} at step {run.step}", run.step, time.perf_counter()
+    def save(self, run: Run, due: bool = True) -> None:
+        if save_run(run, self.path, due):
+            run.saved, self.at, self.time = f"{self.path} at step {run.step}", run.step, time.perf_counter()
 
     def step(self, run: Run) -> None:
-        if run.step % self.every == 0 if self.every else time.perf_counter() - self.time > self.seconds: self.save(run)
+        self.save(run, run.step % self.every == 0 if self.every else time.perf_counter() - self.time > self.seconds)
 
     def end(self, run: Run) -> None:
         if run.error is None and self.at != run.step: self.save(run)
@@ -592,7 +601,7 @@ def source(run: Run, chunk: int | str | None = "auto", compile: bool | str = "au
 
 def fit(
     learner: Learner,  # trained in place; its trainable parameters are the meta-parameters
-    sampler,  # where training tasks come from, or an object with gradients(meta_params, step), see `source`
+    sampler,  # where training tasks come from, or an object with gradients(meta_params, step), see `meta_gradients`
     steps: int,  # meta-steps
     tasks: int = 25,  # tasks a meta-step
     opt: torch.optim.Optimizer | None = None,  # over the learner's parameters; None for Adam at 1e-3

@@ -20,6 +20,7 @@ from metanb.train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SINES = ["--tasks", "sinusoid", "--scale", "smoke", "--device", "cpu"]
+RUNS = ["--tasks", "train-glyphs", *SINES[2:]]
 
 
 def metanb(*words, cwd, wait=True, **env):
@@ -245,14 +246,14 @@ def test_methods_that_do_not_apply_are_left_out_of_mixed_tasks(capsys, tmp_path)
     assert table.count("MAML") == 2 and table.count("ProtoNet") == table.count("MTL") == 1
 
 
-@pytest.mark.parametrize("method", ["maml", "maml-meta-pcgrad"])
-def test_two_processes_train_as_one_does(capsys, tmp_path, method):
+@pytest.mark.parametrize("method, tasks", [("maml", SINES), ("maml-meta-pcgrad", SINES), ("lstm", RUNS), ("hierarchical", RUNS)])
+def test_two_processes_train_as_one_does(capsys, tmp_path, method, tasks):
     weights = lambda name: load_checkpoint(tmp_path / name)["learner"]
     one = lambda *words, name: cli.main(["train", *words, "--device", "cpu", "--no-progress", "--checkpoint", str(tmp_path / name)])
-    train = "--method", method, *SINES[:-2], "--steps"
+    train = "--method", method, *tasks[:-2], "--steps"
     status, out, err = torchrun("train", *train, 4, "--device", "cpu", "--checkpoint", "two", cwd=tmp_path)
     assert status == 0, err
-    assert out == "4 meta-steps; try it: metanb evaluate --checkpoint two\n" and err.count("validation MSE") == 4
+    assert out == "4 meta-steps; try it: metanb evaluate --checkpoint two\n" and err.count("   validation ") == 4
     assert one(*train, "4", name="one") == 0
     torch.testing.assert_close(weights("two"), weights("one"), rtol=1e-4, atol=1e-6)
     assert one("--resume", "--steps", "6", name="two") == one("--resume", "--steps", "6", name="one") == 0
@@ -294,8 +295,8 @@ def test_what_all_processes_would_say_only_the_first_says(capsys, monkeypatch, t
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("metanb.compute.processes", lambda: 2)
     monkeypatch.setattr("metanb.compute.rank", lambda: 1)
-    with pytest.raises(cli.Refused, match="train it in one process"): cli.check_split(cli.Trial("lstm", "train-glyphs"))
-    with pytest.raises(cli.Refused, match="tasks=1: 2 processes need"): cli.check_split(cli.Trial("dimaml", "train-glyphs"))
+    for method in ("lstm", "dimaml"):
+        with pytest.raises(cli.Refused, match="tasks=1: 2 processes need"): cli.check_split(cli.Trial(method, "train-glyphs"))
 
 
 def test_bench_writes_what_it_measured_and_fails_where_gradients_disagree(capsys, monkeypatch, tmp_path):
