@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from . import __version__
-from .compute import peak_memory
+from .compute import keep_memory, peak_memory
 from .core import Params, Task, add, check_number, norm
 from .data import load, replace_file, seal
 from .maml import MAML
@@ -426,6 +426,7 @@ def work(connection, threads: int, job: Callable, *args) -> None:
     from torch._inductor import config  # here and not above: it imports much
     config.compile_threads = threads
     torch.set_num_threads(threads)
+    keep_memory()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="metanb-bench-", ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
