@@ -13,15 +13,20 @@ from torch.testing import assert_close
 
 from metanb.baselines import InContext, MatchingNet, Pretrained, ProtoNet, Siamese
 from metanb.core import MetaLearner, Point, SGD, Task, add, dot, exact, mean, meta_grads, task_grads
+from metanb.dimaml import DIMAML
+from metanb.hierarchical import HierarchicalRule, LogAlong, ZooRun
 from metanb.imaml import IMAML, NewtonCG
+from metanb.lstm import LSTMRule, quadratic_run
 from metanb.maml import ANIL, BOIL, FOMAML, MAML, Adam, Reptile
 from metanb.memorize import Generator, hessian_penalty
 from metanb.meta_sgd import LSLR, MADAM, LayerStepRates, LearnedAdam, MetaSGD, MultiStep, WeightRates
 from metanb.models import MLP, with_head
 from metanb.mtl import MTL, ScaleShift
 from metanb.pcgrad import meta_pcgrad, pcgrad
-from metanb.tasks import FewShot, Sinusoid
+from metanb.shaping import Shaped
+from metanb.tasks import FewShot, Quadratic, Sinusoid, Stream
 from metanb.train import fit
+from metanb.unroll import Momentum, RandomStart, Recomputed, StreamLearner, Truncated
 
 KINDS = "regression", "classification"
 
@@ -123,3 +128,32 @@ def test_the_meta_gradient_is_the_derivative_and_the_loop_agrees(number):
     up, down = (task_grads(learner, add(phi, along, s * h), tasks)[1].mean() for s in (1, -1))
     assert_close(dot(mean(grads), along), (up - down) / (2 * h), rtol=1e-4, atol=1e-6)
     assert_close(task_grads(learner, phi, tasks, chunk=1), (grads, losses), rtol=1e-8, atol=1e-10)
+
+
+STREAMS = {
+    "LSTM optimizer": lambda: quadratic_run(LSTMRule(), steps=3, unroll=2),
+    "hierarchical optimizer": lambda: ZooRun(MLP(3, 4, 1), noise=0.1, factor=2.0, init=RandomStart, rule=HierarchicalRule(), steps=3, objective=LogAlong(),
+                                             gradient=Truncated(2), loss=F.mse_loss),
+    "DIMAML": lambda: DIMAML(MLP(3, 4, 1), steps=3),
+    "shaped, recomputed, momentum": lambda: StreamLearner(MLP(3, 4, 1), rule=Momentum(), steps=3, objective=Shaped(s=2.0, z=0.1, learn=True), gradient=Recomputed()),
+}
+HERE = {**{f"{n}, {k}": (m, k) for n, m in METHODS.items() for k in KINDS}, **{n: (m, "regression") for n, m in PAIRS.items()},
+        **{n: (m, "stream") for n, m in STREAMS.items()}}
+del HERE["InContext, classification"]  # like the learners that compare, it looks how many classes there are, which needs numbers
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_nothing_is_made_on_another_device_than_the_weights(name):
+    make, kind = HERE[name]
+    if kind == "stream":  # a device without numbers, which refuses tensors of the CPU as a GPU does
+        learner = make()
+        tasks = (Quadratic() if name == "LSTM optimizer" else Stream(torch.randn(30, 3), torch.randn(30, 1), steps=3, batch=4, queries=3)).sample(2)
+    else:
+        net, loss, tasks = problem(kind, tasks=2)
+        learner = (partial(make, init=generator(kind)) if make.keywords.get("init") is Generator else make)(net, loss=loss)
+    learner, tasks = learner.to("meta"), tasks.to("meta")
+    params = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
+    grads, losses = task_grads(learner, params, tasks)
+    outputs = learner.predict(*(t[0] for t in tasks[:3]))
+    assert all(t.is_meta for t in (losses, outputs, *grads.values(), *mean(grads).values()))
+    assert {n: g.shape for n, g in grads.items()} == {n: (2, *p.shape) for n, p in params.items()}

@@ -77,6 +77,12 @@ def test_mapped_traced_copied_and_pickled(sampler):
 
 
 @every
+def test_tasks_are_drawn_where_their_keys_are(sampler):
+    drawn = sampler.to("meta").draw(task_keys(6, seed=5).to("meta"))  # a device without numbers, which refuses tensors of the CPU as a GPU does
+    assert all(t.is_meta and t.shape == s.shape and t.dtype == s.dtype for t, s in zip(drawn, sampler.sample(6, seed=5)))
+
+
+@every
 def test_samplers_do_not_change(sampler):
     with pytest.raises(AttributeError): sampler.queries = 3
     before = repr(sampler)
